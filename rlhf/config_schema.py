@@ -1,0 +1,309 @@
+"""The configuration of every stage: one pydantic model each, strict, documented per field. No torch import.
+
+Sizes are in rows (`B`) or tokens, learning rates per optimizer step, KL in nats.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; defaults are checked too."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class DatasetConfig(Strict):
+    """A hub id or a local file (`.json`, `.jsonl`, `.jsonl.gz`, `.parquet`); `shipped:` names one of ours."""
+
+    path: str
+    split: str = "train"
+    subset: str | None = Field(None, description="the hub's configuration name")
+    format: Literal["auto", "prompt", "prompt_completion", "messages", "preference", "hh", "ranking", "rollouts"] = "auto"
+    limit: Positive | None = Field(None, description="use the first rows only")
+    chat: bool = Field(True, description="wrap plain-text prompts as a user turn when the tokenizer has a chat template")
+    max_bad_fraction: Probability = Field(0.0, description="malformed rows tolerated, quarantined and counted")
+
+
+class TuningConfig(Strict):
+    """Which parameters are trained."""
+
+    kind: Literal["full", "lora"] = "full"
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class SamplingConfig(Strict):
+    """How responses are drawn. top-k and top-p do not exist here: a truncated sampler makes PPO's ratio wrong."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Positive = 64
+    batch_size: Positive = Field(32, description="rows decoded together")
+
+
+class TrackingConfig(Strict):
+    """W&B beside the always-written metrics.jsonl. `auto`: online if logged in, else offline."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    project: str = "rlhf"
+    group: str | None = None
+    tags: list[str] = []
+
+
+class StageConfig(Strict):
+    """What all stages share."""
+
+    run_dir: str = Field(description="everything this stage writes goes here")
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of matrix products; trained weights stay fp32")
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class OptimConfig(Strict):
+    """AdamW. Norms, biases and scalar heads get no weight decay."""
+
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-5
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    warmup_fraction: Probability = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class SFTStage(StageConfig):
+    """Supervised fine-tuning on demonstrations, by `trl.SFTTrainer`."""
+
+    model: str
+    dataset: DatasetConfig
+    eval_dataset: DatasetConfig | None = None
+    tuning: TuningConfig = TuningConfig()
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Positive = Field(8, description="rows per optimizer step and process")
+    micro_batch_size: Positive = 8
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    max_length: Positive = 1024
+    packing: bool = False
+    completion_only_loss: bool = True
+    trainer: dict[str, Any] = Field({}, description="passed through to trl.SFTConfig, whose keys are checked")
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> SFTStage:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; "
+                f"set micro_batch_size to a divisor of {self.batch_size}"
+            )
+        return self
+
+
+class SampleStage(StageConfig):
+    """K completions per prompt into the rollout buffer."""
+
+    model: str
+    prompts: DatasetConfig
+    completions_per_prompt: Positive = Field(4, description="K")
+    sampling: SamplingConfig = SamplingConfig()
+    max_prompt_tokens: Positive = 512
+    overlong: Literal["error", "skip"] = "error"
+
+
+class AnnotatorConfig(Strict):
+    """One simulated annotator: P(left) = sigmoid((gold_left - gold_right) / noise + left_bias), else a coin."""
+
+    name: str
+    noise: Annotated[float, Field(gt=0)] = Field(1.0, description="in units of the gold score; small is precise")
+    left_bias: float = 0.0
+    careless: Probability = Field(0.0, description="share of judgments given by a coin flip")
+
+
+class LabelStage(StageConfig):
+    """Preference labels for sampled rollouts."""
+
+    rollouts: str = Field(description="Parquet file that `sample` wrote")
+    labeler: Literal["simulated"] = "simulated"
+    scorer: Literal["readability"] = "readability"
+    annotators: Annotated[list[AnnotatorConfig], Field(min_length=1)]
+    aggregate: Literal["majority", "dawid_skene"] = "dawid_skene"
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="prompts kept for testing")
+
+
+class RewardStage(StageConfig):
+    """Reward model from preferences, trained by our own loop."""
+
+    model: str
+    dataset: DatasetConfig
+    eval_dataset: DatasetConfig | None = None
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="by prompt, without eval_dataset")
+    normalise_on: DatasetConfig | None = Field(None, description="demonstrations whose mean score becomes 0")
+    loss: Literal["bradley_terry", "all_pairs", "plackett_luce"] = "bradley_terry"
+    centering: Annotated[float, Field(ge=0)] = 0.0
+    tuning: TuningConfig = TuningConfig()
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    epochs: Positive = 1
+    batch_size: Positive = Field(16, description="pairs or rankings per optimizer step and process")
+    micro_batch_size: Positive = 8
+    max_length: Positive = 1024
+    truncation: Literal["keep_end", "error"] = Field("keep_end", description="over-long rows lose their oldest tokens")
+
+
+class KLConfig(Strict):
+    """KL control. `k1` in the reward reaches the reverse-KL optimum (ppo.md, checklist 9)."""
+
+    kind: Literal["fixed", "adaptive"] = "adaptive"
+    coef: Annotated[float, Field(ge=0)] = 0.05
+    target: Annotated[float, Field(gt=0)] = Field(6.0, description="nats per sequence")
+    horizon: Positive = Field(10_000, description="episodes")
+    place: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+
+    @model_validator(mode="after")
+    def _known_optimum(self) -> KLConfig:
+        if self.place == "reward" and self.estimator != "k1":
+            raise ValueError(f"estimator {self.estimator} inside the reward has no KL optimum; set estimator: k1")
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError("k1 as a loss has zero expected gradient and does not regularise; set estimator: k2")
+        return self
+
+
+class MissingEOSConfig(Strict):
+    """What an answer without EOS costs. `set`: score := value (N+); `subtract`: score -= value (TRL)."""
+
+    kind: Literal["none", "set", "subtract"] = "set"
+    value: float = -1.0
+
+
+class PPOStage(StageConfig):
+    """PPO with KL control against the frozen reference."""
+
+    model: str = Field(description="the policy to start from")
+    reference: str | None = Field(None, description="frozen reference; default: `model`")
+    reward_model: str | None = Field(None, description="folder or hub id of a sequence classifier with one label")
+    scorer: Literal["readability"] | None = Field(None, description="a programmatic reward instead of a model")
+    prompts: DatasetConfig
+    tuning: TuningConfig = TuningConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    max_prompt_tokens: Positive = 512
+    overlong: Literal["error", "skip"] = "error"
+
+    steps: Positive = Field(20, description="rollout-and-update rounds")
+    batch_size: Positive = Field(32, description="rollouts per step and process")
+    epochs: Positive = 2
+    minibatches: Positive = Field(1, description="optimizer steps per epoch")
+    micro_batch_size: Positive = Field(8, description="rows per forward and backward")
+    optim: OptimConfig = OptimConfig(lr=1e-6)
+    critic_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="default: optim.lr")
+    critic_init: Literal["reward_model", "policy"] = "reward_model"
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="first steps that train only the critic")
+    gradient_checkpointing: bool = False
+
+    kl: KLConfig = KLConfig()
+    gamma: Probability = 1.0
+    lam: Probability = 0.95
+    clip_range: Annotated[float, Field(gt=0)] = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    value_clip_range: Annotated[float, Field(gt=0)] = 0.2
+    value_coef: Annotated[float, Field(ge=0)] = 0.1
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    missing_eos: MissingEOSConfig = MissingEOSConfig()
+    score_clip: Annotated[float, Field(gt=0)] | None = None
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    bootstrap_truncated: bool = Field(False, description="a truncated answer's next value: V, not 0")
+    target_kl: Annotated[float, Field(gt=0)] | None = Field(None, description="stop the epochs above this approx_kl")
+    ptx: DatasetConfig | None = Field(None, description="pretraining text mixed into the loss (PPO-ptx)")
+    ptx_coef: Annotated[float, Field(ge=0)] = 0.0
+
+    save_every: Annotated[int, Field(ge=0)] = Field(10, description="steps between checkpoints; 0: only the end")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    samples_per_step: Annotated[int, Field(ge=0)] = Field(4, description="rollouts written to samples.jsonl")
+    archive_rollouts: bool = Field(False, description="keep every step's rollouts as Parquet")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PPOStage:
+        if (self.reward_model is None) == (self.scorer is None):
+            raise ValueError("exactly one of reward_model and scorer must be set; remove one or set the other")
+        if self.critic_init == "reward_model" and self.reward_model is None:
+            raise ValueError("critic_init: reward_model needs reward_model; set critic_init: policy")
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}")
+        if (self.ptx is None) != (self.ptx_coef == 0):
+            raise ValueError("ptx and ptx_coef go together; set both or neither")
+        if self.tuning.dropout:
+            raise ValueError("tuning.dropout must be 0 in PPO: dropout makes the first ratio differ from 1; set it to 0")
+        return self
+
+
+class EvaluateStage(StageConfig):
+    """Policies side by side on held-out prompts."""
+
+    policies: dict[str, str] = Field(description="name -> model; e.g. base, sft, ppo")
+    reference: str = Field(description="KL is measured against this model")
+    base: str = Field(description="perplexity of the answers is measured under this model")
+    candidate: str = Field("ppo", description="policy whose win rate is reported")
+    baseline: str = Field("sft", description="against this policy")
+    reward_model: str | None = None
+    scorer: Literal["readability"] = "readability"
+    prompts: DatasetConfig
+    samples_per_prompt: Positive = 2
+    sampling: SamplingConfig = SamplingConfig()
+    max_prompt_tokens: Positive = 512
+    overlong: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _names_known(self) -> EvaluateStage:
+        for key in ("candidate", "baseline"):
+            if getattr(self, key) not in self.policies:
+                raise ValueError(f"{key} {getattr(self, key)!r} is not among policies {sorted(self.policies)}")
+        return self
+
+
+class ReportStage(StageConfig):
+    """One self-contained report.html and summary.json from the folders of the other stages."""
+
+    title: str = "RLHF report"
+    evaluate_dir: str
+    sft_dir: str | None = None
+    sample_dir: str | None = None
+    label_dir: str | None = None
+    reward_dir: str | None = None
+    ppo_dir: str | None = None
+
+
+class PipelineStage(Strict):
+    """All stages in one file. A stage's inputs that come from earlier stages are filled in by the pipeline."""
+
+    run_dir: str
+    title: str = "RLHF report"
+    model: str
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    tracking: TrackingConfig = TrackingConfig()
+    launcher: str = Field("", description='e.g. "accelerate launch --config_file launch/zero2.yaml"; empty: plain python')
+    sft: dict[str, Any]
+    sample: dict[str, Any]
+    label: dict[str, Any]
+    reward: dict[str, Any]
+    ppo: dict[str, Any]
+    evaluate: dict[str, Any]
+    report: dict[str, Any] = {}
+
+
+STAGES: dict[str, type[BaseModel]] = {
+    "sft": SFTStage,
+    "sample": SampleStage,
+    "label": LabelStage,
+    "reward": RewardStage,
+    "ppo": PPOStage,
+    "evaluate": EvaluateStage,
+    "report": ReportStage,
+    "pipeline": PipelineStage,
+}

@@ -1,0 +1,48 @@
+"""Typed errors. Each one that a user can cause names the value at fault and the fix.
+
+The command line shows a `RlhfError` as one panel and exits with code 2; any other exception is a bug of ours
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class RlhfError(Exception):
+    """What went wrong, and what to do about it.
+
+    Args:
+        message: what is wrong, naming the file, line, key or value.
+        fix: the next step for the user, in the imperative.
+    """
+
+    def __init__(self, message: str, *, fix: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
+
+
+class ConfigError(RlhfError):
+    """A configuration file or an override is not valid."""
+
+
+class DataError(RlhfError):
+    """A dataset is missing, or one of its rows is malformed."""
+
+
+class ModelError(RlhfError):
+    """A model cannot be found or does not fit what the stage asks of it."""
+
+
+class CheckpointError(RlhfError):
+    """A checkpoint is damaged, or does not belong to this run."""
+
+
+class StageError(RlhfError):
+    """A pipeline stage failed; its own error was printed before."""
+
+
+class InvariantError(RlhfError):
+    """A run-time assertion on the algorithm failed: going on would train on wrong numbers."""

@@ -1,0 +1,161 @@
+"""The records that travel between stages, and the letters that name tensor axes.
+
+Letters
+    B  sequences (rows of a batch)
+    T  tokens, on one aligned axis: prompt and response together
+    V  vocabulary            H  hidden units            N  action tokens of a batch, flattened
+    K  completions ranked per prompt                    G  rollouts per prompt
+
+`x_BT[b, t]` always speaks of token `tokens_BT[b, t]`:
+    `logprobs_BT[b, t] = log pi(tokens_BT[b, t] | tokens_BT[b, :t])`, `values_BT[b, t] = V(tokens_BT[b, :t])`.
+`action_mask_BT` is True exactly where the policy sampled the token. A mask is carried, never inferred from a pad id.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class Message(TypedDict):
+    """One turn of a chat; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+Prompt = str | list[Message]
+"""Plain text (TRL's standard format) or the turns of a chat (TRL's conversational format)."""
+
+
+class StopReason(enum.StrEnum):
+    """Why a rollout ended."""
+
+    EOS = "eos"
+    LENGTH = "length"
+
+
+@dataclass
+class Rollout:
+    """One sampled response; a row of the rollout buffer.
+
+    `tokens`, `action_mask` and `logprobs` have the same length: the prompt and the response, without padding.
+    `logprobs` are those of the sampler, in nats, 0 on tokens that are not actions.
+    """
+
+    prompt: Prompt
+    response: str
+    tokens: list[int]
+    action_mask: list[bool]
+    logprobs: list[float]
+    stop: StopReason
+    prompt_id: str = ""
+    score: float | None = None
+    gold_score: float | None = None
+    policy: str = ""
+    step: int = 0
+
+    @property
+    def response_tokens(self) -> list[int]:
+        """The sampled tokens alone, a sampled EOS included."""
+        return [token for token, action in zip(self.tokens, self.action_mask, strict=True) if action]
+
+
+@dataclass
+class RolloutBatch:
+    """Padded tensors of `B` rollouts on one time axis; what PPO works on. Filled in stage by stage."""
+
+    tokens_BT: Tensor
+    attention_mask_BT: Tensor
+    action_mask_BT: Tensor
+    scores_B: Tensor
+    truncated_B: Tensor
+    sampler_logprobs_BT: Tensor
+    logprobs_BT: Tensor | None = None
+    ref_logprobs_BT: Tensor | None = None
+    entropy_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    rewards_BT: Tensor | None = None
+    advantages_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens_BT.shape[0]
+
+    def select(self, rows: Tensor) -> RolloutBatch:
+        """The given rows, cut to the longest of them."""
+        longest = int(self.attention_mask_BT[rows].sum(1).max())
+        picked: dict[str, Tensor | None] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                value = value[rows][:, :longest] if value.dim() == 2 else value[rows]
+            picked[f.name] = value
+        return RolloutBatch(**picked)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> RolloutBatch:
+        """A copy whose tensors live on `device`."""
+        moved = {f.name: v if (v := getattr(self, f.name)) is None else v.to(device) for f in fields(self)}
+        return RolloutBatch(**moved)
+
+
+@dataclass
+class Preference:
+    """`chosen` was preferred to `rejected` with probability `probability` (1.0: a hard label)."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    probability: float = 1.0
+    margin: float = 0.0
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Ranking:
+    """`K` responses to one prompt. `ranks[i]` is the rank of `responses[i]`, 1 the best, ties allowed.
+
+    `wins[i][j]`, when known, is the aggregated probability that response i beats response j (diagonal 0.5).
+    `tokens` and `prompt_lengths`, when the responses come from the rollout buffer, hold prompt + response as sampled.
+    """
+
+    prompt: Prompt
+    responses: list[str]
+    ranks: list[int]
+    wins: list[list[float]] | None = None
+    tokens: list[list[int]] | None = None
+    gold_scores: list[float] | None = None
+    prompt_id: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class RewardFn(Protocol):
+    """Scores finished rollouts; the only thing PPO knows about rewards."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float]: ...
+
+
+class KLController(Protocol):
+    """The coefficient of the KL penalty, and how it changes."""
+
+    coef: float
+
+    def update(self, mean_kl: float, n: int) -> None: ...
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: dict[str, float]) -> None: ...
+
+
+@dataclass
+class RunResult:
+    """What a stage leaves: its folder, its headline numbers, and the files the next stage reads."""
+
+    run_dir: str
+    summary: dict[str, Any]
+    outputs: dict[str, str] = field(default_factory=dict)
