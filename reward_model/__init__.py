@@ -1,0 +1,1 @@
+"""Reward models: labeling of preferences, losses, training, ensembles and calibration."""

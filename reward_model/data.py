@@ -1,0 +1,137 @@
+"""Preference records as token rows for the reward model: K responses per prompt, EOS included, truncation counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.data.templates import prompt_tokens, response_tokens
+from rlhf.errors import DataError
+from rlhf.types import Ranking
+
+
+@dataclass
+class RankedTokens:
+    """K token rows (prompt + response + EOS) of one prompt, with their ranks (1 best) and win probabilities."""
+
+    rows: list[list[int]]
+    ranks: list[int]
+    wins: list[list[float]]
+    group: str
+    response_lengths: list[int]
+    margin: float = 0.0
+    gold: list[float] | None = None
+
+
+@dataclass
+class TokenizedRankings:
+    """The rankings, and how many rows had to be truncated or tokenised again."""
+
+    items: list[RankedTokens]
+    truncated: int = 0
+    retokenized: int = 0
+
+
+def tokenize_rankings(
+    rankings: Sequence[Ranking], tokenizer: Any, *, chat: bool, max_length: int, truncation: str
+) -> TokenizedRankings:
+    """Tokens of every response as the policy sampled them, or from the text when they are not known.
+
+    Over-long rows keep their end (the response; the oldest prompt tokens go) or are refused, by `truncation`.
+
+    Raises:
+        DataError: a row is longer than `max_length` and `truncation` is "error".
+    """
+    out = TokenizedRankings([])
+    for number, ranking in enumerate(rankings):
+        prompt = prompt_tokens(tokenizer, ranking.prompt, chat=chat)
+        rows, lengths = [], []
+        known = ranking.tokens is not None and all(t[: len(prompt)] == prompt for t in ranking.tokens)
+        out.retokenized += len(ranking.responses) if ranking.tokens is not None and not known else 0
+        for i, response in enumerate(ranking.responses):
+            if known and ranking.tokens is not None:
+                tokens = ranking.tokens[i]
+            else:
+                tokens = prompt + response_tokens(tokenizer, response, finished=True)
+            lengths.append(len(tokens) - len(prompt))
+            if len(tokens) > max_length:
+                if truncation == "error":
+                    raise DataError(
+                        f"ranking {number + 1}, response {i + 1}: {len(tokens)} tokens, max_length is {max_length}",
+                        fix="raise max_length, or set truncation: keep_end",
+                    )
+                out.truncated += 1
+                tokens = tokens[-max_length:]
+            rows.append(tokens)
+        wins = ranking.wins or wins_from_ranks(ranking.ranks)
+        group = ranking.prompt_id or hashlib.sha1(repr(ranking.prompt).encode()).hexdigest()[:12]
+        margin = float(ranking.meta.get("margin", 0.0))
+        out.items.append(RankedTokens(rows, ranking.ranks, wins, group, lengths, margin, ranking.gold_scores))
+    return out
+
+
+def wins_from_ranks(ranks: Sequence[int]) -> list[list[float]]:
+    """Win probabilities that a hard ranking stands for: 1 above, 0 below, 0.5 tied."""
+    return [[0.5 if a == b else float(a < b) for b in ranks] for a in ranks]
+
+
+def pairs_of(item: RankedTokens) -> list[RankedTokens]:
+    """Every untied pair of a ranking as a ranking of two, the preferred one first."""
+    pairs = []
+    for i, j in combinations(range(len(item.rows)), 2):
+        if item.ranks[i] == item.ranks[j]:
+            continue
+        best, worst = (i, j) if item.ranks[i] < item.ranks[j] else (j, i)
+        # The aggregated probability may contradict the overall rank on a close pair; it stays as it was voted.
+        p = item.wins[best][worst]
+        gold = None if item.gold is None else [item.gold[best], item.gold[worst]]
+        lengths = [item.response_lengths[best], item.response_lengths[worst]]
+        rows = [item.rows[best], item.rows[worst]]
+        pairs.append(RankedTokens(rows, [1, 2], [[0.5, p], [1 - p, 0.5]], item.group, lengths, item.margin, gold))
+    return pairs
+
+
+def split_by_prompt(
+    items: Sequence[RankedTokens], fraction: float, seed: int
+) -> tuple[list[RankedTokens], list[RankedTokens]]:
+    """(train, held-out): all rankings of a prompt on one side, so that nothing leaks.
+
+    Raises:
+        DataError: too few prompts to hold any out.
+    """
+    groups = sorted({item.group for item in items}, key=lambda g: hashlib.sha256(f"{seed}:{g}".encode()).digest())
+    held_out = set(groups[: round(fraction * len(groups))])
+    if fraction > 0 and (not held_out or len(held_out) == len(groups)):
+        raise DataError(
+            f"{len(groups)} prompts are too few for heldout_fraction {fraction}", fix="add prompts or an eval_dataset"
+        )
+    return [i for i in items if i.group not in held_out], [i for i in items if i.group in held_out]
+
+
+def pad_scores(scores_N: Tensor, items: Sequence[RankedTokens]) -> tuple[Tensor, Tensor]:
+    """Flat scores of a batch of rankings as (scores_BK, mask_BK); K the largest of the batch."""
+    counts = [len(item.rows) for item in items]
+    scores_BK = scores_N.new_zeros(len(items), max(counts))
+    mask_BK = torch.zeros(len(items), max(counts), dtype=torch.bool, device=scores_N.device)
+    for b, part in enumerate(scores_N.split(counts)):
+        scores_BK[b, : len(part)] = part
+        mask_BK[b, : len(part)] = True
+    return scores_BK, mask_BK
+
+
+def targets(items: Sequence[RankedTokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ranks_BK, wins_BKK) of a batch, padded."""
+    k = max(len(item.rows) for item in items)
+    ranks_BK = torch.ones(len(items), k, dtype=torch.long)
+    wins_BKK = torch.full((len(items), k, k), 0.5)
+    for b, item in enumerate(items):
+        n = len(item.rows)
+        ranks_BK[b, :n] = torch.tensor(item.ranks)
+        wins_BKK[b, :n, :n] = torch.tensor(item.wins)
+    return ranks_BK.to(device), wins_BKK.to(device)

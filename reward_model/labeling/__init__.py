@@ -1,0 +1,1 @@
+"""Preference labels: who judged which pair how, and what the judgments say together."""

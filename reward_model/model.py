@@ -1,0 +1,102 @@
+"""The trained reward model at work: load, save, score rollouts; and the same layout for plain transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.checkpoint import export_folder
+from rlhf.data.templates import tokenizer_fingerprint
+from rlhf.errors import ModelError
+from rlhf.models.load import load_tokenizer
+from rlhf.models.value import NORMALISATION_FILE, ScalarModel, load_scalar_model
+from rlhf.rollout.buffer import pad_right
+from rlhf.runtime import Runtime
+from rlhf.types import Rollout
+
+
+class RewardModel:
+    """A frozen scalar model as a `RewardFn`: it reads the very tokens that the policy sampled, EOS included."""
+
+    def __init__(self, scalar: ScalarModel, runtime: Runtime, *, micro_batch_size: int = 16) -> None:
+        self._scalar = runtime.freeze(scalar)
+        self._runtime = runtime
+        self._micro_batch_size = micro_batch_size
+
+    @classmethod
+    def load(cls, name: str, runtime: Runtime, *, tokenizer: Any, micro_batch_size: int = 16) -> RewardModel:
+        """Load a reward model that shares the policy's tokenizer.
+
+        Raises:
+            ModelError: not a one-label classifier, or its tokens mean something else than the policy's.
+        """
+        if tokenizer_fingerprint(load_tokenizer(name)) != tokenizer_fingerprint(tokenizer):
+            raise ModelError(
+                f"the reward model {name} has another tokenizer than the policy: their token ids differ in meaning",
+                fix="train a reward model on the policy's base model (`rlhf reward`), or use a scorer",
+            )
+        return cls(load_scalar_model(name, dtype=runtime.dtype), runtime, micro_batch_size=micro_batch_size)
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Normalised score of each rollout at its last real token."""
+        return self.score_tokens([r.tokens for r in rollouts])
+
+    @torch.no_grad()
+    def score_tokens(
+        self, rows: Sequence[Sequence[int]], on_rows: Callable[[int], None] = lambda n: None
+    ) -> list[float]:
+        """Normalised scores of prompt + response token rows; neighbours in length are read together."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(order), self._micro_batch_size):
+            part = order[start : start + self._micro_batch_size]
+            tokens_BT, mask_BT = pad_tokens([rows[i] for i in part])
+            device = self._runtime.device
+            with self._runtime.autocast():
+                scores_B = self._scalar.score_last(tokens_BT.to(device), mask_BT.to(device))
+            for i, score in zip(part, scores_B.tolist(), strict=True):
+                scores[i] = score
+            on_rows(len(part))
+        return scores
+
+
+def pad_tokens(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens_BT, attention_mask_BT) padded on the right."""
+    return pad_right(rows, 0, torch.long), pad_right([[True] * len(row) for row in rows], False, torch.bool)
+
+
+def save_reward_model(folder: Path, classifier: Any, tokenizer: Any, normalisation: dict[str, Any]) -> None:
+    """Write an `AutoModelForSequenceClassification` folder with its normalisation beside it, atomically.
+
+    transformers finds the last token of a padded row by its pad id. Where pad == eos it would score one token
+    before the EOS, so the saved model pads with another special token; unpadded rows are scored alike everywhere.
+    """
+    pad_id = _pad_other_than_eos(tokenizer)
+    classifier.config.pad_token_id = pad_id
+    classifier.config.num_labels = 1
+    with export_folder(folder) as staging:
+        classifier.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        if pad_id is not None and pad_id != tokenizer.pad_token_id:
+            file = Path(staging) / "tokenizer_config.json"
+            settings = json.loads(file.read_text())
+            settings["pad_token"] = tokenizer.convert_ids_to_tokens(pad_id)
+            file.write_text(json.dumps(settings, indent=2))
+        (Path(staging) / NORMALISATION_FILE).write_text(json.dumps(normalisation, indent=1))
+
+
+def _pad_other_than_eos(tokenizer: Any) -> int | None:
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer.pad_token_id
+    others = [
+        i
+        for i in [tokenizer.unk_token_id, *tokenizer.all_special_ids, *sorted(tokenizer.added_tokens_decoder)]
+        if i is not None
+    ]
+    return next(
+        (i for i in others if i not in (tokenizer.eos_token_id, tokenizer.bos_token_id)), tokenizer.pad_token_id
+    )

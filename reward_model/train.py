@@ -1,0 +1,257 @@
+"""Train the reward model: `rlhf reward`. Bradley-Terry on pairs, or K-way ranking from K forwards.
+
+Ouyang 2022, section 3.5: all comparisons of one prompt share its K forward passes and weigh as one item.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reward_model.data import RankedTokens, pad_scores, pairs_of, split_by_prompt, targets, tokenize_rankings
+from reward_model.losses import all_pairs, bradley_terry, centering, plackett_luce
+from reward_model.model import RewardModel, pad_tokens, save_reward_model
+from rlhf.config_schema import DatasetConfig, RewardStage
+from rlhf.data.order import rows_for_step
+from rlhf.data.records import read_demonstrations, read_rankings
+from rlhf.data.templates import prompt_tokens, response_tokens, show_examples
+from rlhf.errors import DataError, InvariantError
+from rlhf.eval.winrate import mean_interval
+from rlhf.models.load import load_tokenizer
+from rlhf.models.tuning import apply_tuning, build_optimizer, merge_tuning, parameter_groups, set_lr, storage_dtype
+from rlhf.models.value import ScalarModel, load_scalar_model
+from rlhf.progress import Progress
+from rlhf.runs import RunOptions
+from rlhf.runtime import Runtime
+from rlhf.tracking import Tracker
+from rlhf.types import RunResult
+
+
+def main(cfg: RewardStage, options: RunOptions) -> RunResult:
+    """Leaves `final/` (AutoModelForSequenceClassification with its normalisation) and metrics.jsonl."""
+    runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
+    tokenizer = load_tokenizer(cfg.model)
+    with (
+        Progress(stage="reward", enabled=runtime.is_main) as progress,
+        Tracker.open(
+            cfg.run_dir,
+            cfg.tracking,
+            stage="reward",
+            config=cfg.model_dump(mode="json"),
+            enabled=runtime.is_main,
+            resume_step=0,
+            say=progress.say,
+        ) as tracker,
+    ):
+        train, heldout = load_items(cfg, tokenizer, progress)
+        scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
+        scalar.mean.zero_(), scalar.std.fill_(1.0)  # a further-trained reward model is normalised anew
+        handle = apply_tuning(scalar.classifier, cfg.tuning, head=scalar.classifier.score)
+        fit(scalar, train, heldout, cfg, runtime, progress, tracker)
+        scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
+        normalisation = normalise(scorer, scalar, train, cfg, tokenizer, progress)
+        summary = {**evaluate(scorer, heldout, progress), **normalisation, "train_items": len(train)}
+        tracker.summary(summary)
+    final = Path(cfg.run_dir) / "final"
+    if runtime.is_main:
+        model = merge_tuning(handle).to(runtime.dtype)
+        save_reward_model(final, model, tokenizer, normalisation)
+    runtime.barrier()
+    return RunResult(cfg.run_dir, summary, {"reward_model": str(final)})
+
+
+def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[list[RankedTokens], list[RankedTokens]]:
+    """(train, held-out) rankings; pairs when the loss is on pairs.
+
+    Raises:
+        DataError: nothing to train on or to test on.
+    """
+
+    def read(source: DatasetConfig) -> list[RankedTokens]:
+        rankings = read_rankings(source)
+        tokenized = tokenize_rankings(
+            rankings, tokenizer, chat=source.chat, max_length=cfg.max_length, truncation=cfg.truncation
+        )
+        if tokenized.truncated:
+            progress.say(
+                f"{source.path}: {tokenized.truncated} responses longer than {cfg.max_length} tokens keep their end"
+            )
+        if tokenized.retokenized:
+            progress.say(f"{source.path}: {tokenized.retokenized} responses tokenised anew for this model")
+        return tokenized.items
+
+    if cfg.eval_dataset is not None:
+        train, heldout = read(cfg.dataset), read(cfg.eval_dataset)
+    else:
+        train, heldout = split_by_prompt(read(cfg.dataset), cfg.heldout_fraction, cfg.seed)
+    if cfg.loss == "bradley_terry":
+        train = [pair for item in train for pair in pairs_of(item)]
+    if not train or not heldout:
+        raise DataError(
+            f"{cfg.dataset.path}: {len(train)} items to train on, {len(heldout)} held out",
+            fix="give rankings without only ties, and eval_dataset or heldout_fraction > 0",
+        )
+    examples = [(row, [i == len(row) - 1 for i in range(len(row))]) for row in train[0].rows[:2]]
+    show_examples(progress.console, tokenizer, "reward (scored at the last token; best first)", examples)
+    return train, heldout
+
+
+def fit(
+    scalar: ScalarModel,
+    train: Sequence[RankedTokens],
+    heldout: Sequence[RankedTokens],
+    cfg: RewardStage,
+    runtime: Runtime,
+    progress: Progress,
+    tracker: Tracker,
+) -> None:
+    """`epochs` passes over the rankings, in an order that depends on (seed, step) alone."""
+    groups = parameter_groups(scalar, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
+    scalar.to(runtime.device).eval()  # eval: dropout off, for training too (its scores must not depend on chance)
+    module, optimizer = runtime.prepare(
+        scalar, build_optimizer(groups, cfg.optim), micro_batch_size=cfg.micro_batch_size
+    )
+    size = min(cfg.batch_size, max(1, len(train) // runtime.world_size))
+    total = max(1, math.ceil(cfg.epochs * len(train) / (size * runtime.world_size)))
+    progress.phase("train", total=total, unit="steps")
+    for step in range(total):
+        rows = rows_for_step(step, size, len(train), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size)
+        lr = set_lr(optimizer, cfg.optim, step, total)
+        metrics = train_step(module, optimizer, [train[i] for i in rows], cfg, runtime)
+        tracker.log(step + 1, {**metrics, "lr": lr})
+        progress.advance(1, loss=metrics["loss/train"], accuracy=metrics["train/accuracy"])
+
+
+def train_step(
+    module: Any, optimizer: Any, items: Sequence[RankedTokens], cfg: RewardStage, runtime: Runtime
+) -> dict[str, float]:
+    """One optimizer step on this rank's `items`; micro-batches of about equal length."""
+    ordered = sorted(items, key=lambda item: max(map(len, item.rows)))
+    parts = [ordered[i : i + cfg.micro_batch_size] for i in range(0, len(ordered), cfg.micro_batch_size)]
+    denominator = runtime.denominator(len(items))
+    sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # loss, right pairs, pairs
+    for i, part in enumerate(parts):
+        with runtime.accumulate(module, last=i + 1 == len(parts)):
+            scores_BK, mask_BK = forward(module, part, runtime)
+            loss = ranking_loss(scores_BK, mask_BK, part, cfg)
+            runtime.backward(loss * len(part) / denominator)
+        right, pairs = right_pairs(scores_BK.detach(), part)
+        sums += torch.tensor([float(loss.detach()) * len(part), right, pairs], device=runtime.device)
+    norm = runtime.step(module, optimizer, max_grad_norm=cfg.optim.max_grad_norm)
+    if not math.isfinite(norm):
+        raise InvariantError("the reward model's gradient is not finite", fix="lower optim.lr, or use precision: fp32")
+    loss_sum, right, pairs = runtime.sum(sums).tolist()
+    return {
+        "loss/train": loss_sum / (denominator * runtime.world_size),
+        "train/accuracy": right / max(1.0, pairs),
+        "train/grad_norm": norm,
+    }
+
+
+def forward(module: Any, items: Sequence[RankedTokens], runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """Scores at the last token of every row: (scores_BK, mask_BK)."""
+    tokens_NT, mask_NT = pad_tokens([row for item in items for row in item.rows])
+    tokens_NT, mask_NT = tokens_NT.to(runtime.device), mask_NT.to(runtime.device)
+    with runtime.autocast():
+        scores_NT = module(tokens_NT, mask_NT)
+    last_N = mask_NT.sum(1) - 1
+    return pad_scores(scores_NT.gather(1, last_N[:, None]).squeeze(1), items)
+
+
+def ranking_loss(scores_BK: Tensor, mask_BK: Tensor, items: Sequence[RankedTokens], cfg: RewardStage) -> Tensor:
+    """Mean loss of the items, by `cfg.loss`."""
+    ranks_BK, wins_BKK = targets(items, scores_BK.device)
+    if cfg.loss == "bradley_terry":
+        chosen_B, rejected_B = scores_BK.unbind(1)
+        margin_B = torch.tensor([item.margin for item in items], device=scores_BK.device)
+        loss = bradley_terry(chosen_B, rejected_B, margin_B=margin_B, target_B=wins_BKK[:, 0, 1])
+    elif cfg.loss == "all_pairs":
+        loss = all_pairs(scores_BK, wins_BKK, mask_BK[:, :, None] & mask_BK[:, None, :])
+    else:
+        loss = plackett_luce(scores_BK, ranks_BK, mask_BK)
+    if cfg.centering:
+        loss = loss + cfg.centering * centering(scores_BK, mask_BK)
+    return loss
+
+
+def right_pairs(scores_BK: Tensor, items: Sequence[RankedTokens]) -> tuple[float, float]:
+    """(pairs ordered as labelled, untied pairs)."""
+    outcomes = [x for row, item in zip(scores_BK.tolist(), items, strict=True) for x in outcomes_of(row, item.ranks)]
+    return sum(outcomes), float(len(outcomes))
+
+
+def outcomes_of(scores: Sequence[float], ranks: Sequence[float]) -> list[float]:
+    """1 for every untied pair whose scores are in the order of `ranks` (low is best), 0 if not, .5 at equal scores."""
+    outcomes = []
+    for i, j in combinations(range(len(ranks)), 2):
+        if ranks[i] != ranks[j]:
+            difference = (scores[i] - scores[j]) * (1 if ranks[i] < ranks[j] else -1)
+            outcomes.append(0.5 if difference == 0 else float(difference > 0))
+    return outcomes
+
+
+def normalise(
+    scorer: RewardModel,
+    scalar: ScalarModel,
+    train: Sequence[RankedTokens],
+    cfg: RewardStage,
+    tokenizer: Any,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Set and return mean (of demonstrations, else of training responses) and std (of training responses)."""
+    responses = [row for item in train for row in item.rows]
+    responses = responses[:: max(1, len(responses) // 256)]
+    if cfg.normalise_on is not None:
+        zero = [
+            prompt_tokens(tokenizer, d.prompt, chat=cfg.normalise_on.chat)
+            + response_tokens(tokenizer, d.completion, finished=True)
+            for d in read_demonstrations(cfg.normalise_on)
+        ]
+    else:
+        zero = responses
+    progress.phase("normalise", total=len(zero) + len(responses), unit="rows")
+    zero_scores = torch.tensor(scorer.score_tokens([row[-cfg.max_length :] for row in zero], progress.advance))
+    response_scores = torch.tensor(scorer.score_tokens(responses, progress.advance))
+    mean, std = float(zero_scores.mean()), max(float(response_scores.std(correction=0)), 1e-6)
+    scalar.mean.fill_(mean)
+    scalar.std.fill_(std)
+    return {"mean": mean, "std": std, "zero_is": cfg.normalise_on.path if cfg.normalise_on else "training responses"}
+
+
+def evaluate(scorer: RewardModel, heldout: Sequence[RankedTokens], progress: Progress) -> dict[str, Any]:
+    """Held-out pair accuracy with a 95% interval over prompts, against gold scores where known, else the labels."""
+    progress.phase("evaluate", total=sum(len(item.rows) for item in heldout), unit="rows")
+    flat = iter(scorer.score_tokens([row for item in heldout for row in item.rows], progress.advance))
+    outcomes: dict[str, list[float]] = {"label": [], "gold": []}
+    groups: dict[str, list[str]] = {"label": [], "gold": []}
+    lengths, all_scores = [], []
+    for item in heldout:
+        scores = [next(flat) for _ in item.rows]
+        all_scores += scores
+        lengths += item.response_lengths
+        orders = {"label": [float(r) for r in item.ranks], "gold": [-g for g in item.gold or []]}
+        for name, ranks in orders.items():
+            new = outcomes_of(scores, ranks)
+            outcomes[name] += new
+            groups[name] += [item.group] * len(new)
+    against = "gold" if outcomes["gold"] else "label"
+    accuracy = mean_interval(outcomes[against], groups[against])
+    summary = {
+        "accuracy": accuracy[0],
+        "accuracy_low": accuracy[1],
+        "accuracy_high": accuracy[2],
+        "accuracy_against": against,
+        "pairs": len(outcomes[against]),
+        "prompts": len(set(groups[against])),
+        "label_accuracy": sum(outcomes["label"]) / max(1, len(outcomes["label"])),
+    }
+    stacked = torch.tensor([lengths, all_scores], dtype=torch.float64)
+    if len(lengths) > 2 and bool((stacked.std(dim=1) > 0).all()):
+        summary["length_correlation"] = float(torch.corrcoef(stacked)[0, 1])
+    return summary

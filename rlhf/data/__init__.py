@@ -1,0 +1,1 @@
+"""Data sets: files and the hub into rows (`rows`, `formats`), typed records (`records`), tokens (`templates`)."""

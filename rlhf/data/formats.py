@@ -1,0 +1,401 @@
+"""What one row may look like, and how to read a prompt, a demonstration or a ranking out of it.
+
+| format | keys |
+|---|---|
+| prompt | `prompt` |
+| prompt_completion | `prompt`, `completion` |
+| messages | `messages`; the last turn, the assistant's, is the completion |
+| preference | `chosen`, `rejected` and `prompt`; without it both sides start with the prompt (TRL: implicit) |
+| hh | `chosen`, `rejected`: one text of "\\n\\nHuman:" and "\\n\\nAssistant:" turns each |
+| ranking | the fields of `rlhf.types.Ranking` |
+
+Each value is a text (TRL's standard format) or turns (its conversational format). UltraFeedback's mixture,
+a text prompt beside turns that repeat it, is read as `preference`. Pure functions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf.errors import DataError
+from rlhf.types import Message, Preference, Prompt, Ranking
+
+Fields = Mapping[str, Any]
+
+ROLES = ("system", "user", "assistant")
+_CONTENT_KEYS = {"prompt", "completion", "messages", "chosen", "rejected", "responses", "ranks"}
+_FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class FieldError(DataError):
+    """One value of one row is not what its format asks for.
+
+    Args:
+        key: the key at fault, with its path: `messages[2].role`.
+        problem: continues "key 'x' ".
+        fix: what to write instead.
+    """
+
+    def __init__(self, key: str, problem: str, *, fix: str) -> None:
+        super().__init__(f"key {key!r} {problem}", fix=fix)
+        self.key = key
+
+
+def detect_format(fields: Fields) -> str:
+    """The name of the row's format.
+
+    A row with several kinds of content, as UltraFeedback's with `messages` beside `chosen`, is a preference.
+
+    Raises:
+        FieldError: the row has no known keys, or one half of a pair only.
+    """
+    keys = {key for key, value in fields.items() if value is not None}
+    if {"tokens", "action_mask", "logprobs"} <= keys:
+        return "rollouts"
+    if _whole_pair(keys, "responses", "ranks"):
+        return "ranking"
+    if _whole_pair(keys, "chosen", "rejected"):
+        return "hh" if "prompt" not in keys and _starts_like_hh(fields["chosen"]) else "preference"
+    if "messages" in keys:
+        return "messages"
+    if _whole_pair(keys - {"prompt"} if "completion" not in keys else keys, "completion", "prompt"):
+        return "prompt_completion"
+    if "prompt" in keys:
+        return "prompt"
+    found = ", ".join(sorted(map(str, fields))) or "none"
+    raise FieldError("prompt", f"is missing, and no other known key is there (found: {found})", fix=_KNOWN_KEYS)
+
+
+_KNOWN_KEYS = "rename the columns to prompt, completion, messages, chosen, rejected, responses or ranks"
+
+
+def _whole_pair(keys: set[str], one: str, other: str) -> bool:
+    """Whether both keys are there.
+
+    Raises:
+        FieldError: one of them is there without the other.
+    """
+    for present, absent in ((one, other), (other, one)):
+        if present in keys and absent not in keys:
+            raise FieldError(absent, f"is missing beside {present!r}", fix=f"add {absent!r} or remove the row")
+    return one in keys
+
+
+def _starts_like_hh(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("\n\nHuman:")
+
+
+# --- values ------------------------------------------------------------------------------------------------
+
+
+def as_chat(prompt: Prompt) -> list[Message]:
+    """A plain text as a user turn; turns stay."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _get(fields: Fields, key: str) -> Any:
+    if fields.get(key) is None:
+        raise FieldError(key, "is missing", fix=f"add {key!r} or remove the row")
+    return fields[key]
+
+
+def _text(value: Any, key: str) -> str:
+    """`value`, when it is a text with something in it.
+
+    Raises:
+        FieldError: it is not a text, or blank.
+    """
+    if not isinstance(value, str):
+        raise FieldError(key, f"is {type(value).__name__}, not a string", fix="write it as text in quotes")
+    if not value.strip():
+        raise FieldError(key, "is empty", fix="fill it in or remove the row")
+    return value
+
+
+def _turns(value: Any, key: str) -> list[Message]:
+    """Checked turns, reduced to role and content.
+
+    Raises:
+        FieldError: not a list of turns, a wrong role, a blank content, or a system turn after the first.
+    """
+    if not isinstance(value, list) or not value:
+        problem = "is an empty list" if value == [] else f"is {type(value).__name__}, not a list of turns"
+        raise FieldError(key, problem, fix='write [{"role": "user", "content": "..."}]')
+    turns: list[Message] = []
+    for i, turn in enumerate(value):
+        at = f"{key}[{i}]"
+        if not isinstance(turn, Mapping):
+            raise FieldError(at, f"is {type(turn).__name__}, not a turn", fix='write {"role": ..., "content": ...}')
+        role = _get_in(turn, "role", at)
+        if role not in ROLES:
+            near = _FOREIGN_ROLES.get(role) if isinstance(role, str) else None
+            fix = f"write {near!r}" if near else f"use one of {', '.join(ROLES)}"
+            raise FieldError(f"{at}.role", f"is {role!r}, an unknown role", fix=fix)
+        if role == "system" and i:
+            raise FieldError(f"{at}.role", "is 'system' after the first turn", fix="put the system turn first")
+        turns.append({"role": role, "content": _text(_get_in(turn, "content", at), f"{at}.content")})
+    return turns
+
+
+def _get_in(turn: Mapping[str, Any], key: str, at: str) -> Any:
+    if key not in turn:
+        raise FieldError(f"{at}.{key}", "is missing", fix=f"give every turn a {key!r}")
+    return turn[key]
+
+
+def _prompt(value: Any, key: str = "prompt") -> Prompt:
+    if not isinstance(value, list):
+        return _text(value, key)
+    turns = _turns(value, key)
+    if turns[-1]["role"] != "user":
+        last = f"{key}[{len(turns) - 1}].role"
+        raise FieldError(last, f"is {turns[-1]['role']!r} at the end", fix="end a prompt with a user turn")
+    return turns
+
+
+def _response(value: Any, key: str, prompt: Prompt) -> str:
+    """The one answer in `value`: a text, or an assistant turn, perhaps after a repetition of the prompt's turns."""
+    if not isinstance(value, list):
+        return _text(value, key)
+    turns = _turns(value, key)
+    asked = as_chat(prompt)
+    if turns[: len(asked)] == asked:
+        turns = turns[len(asked) :]
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        roles = ", ".join(turn["role"] for turn in turns) or "nothing"
+        raise FieldError(
+            key,
+            f"has {roles} after the prompt, not one assistant turn",
+            fix="move all turns but the last into the prompt, the same for both sides of a pair",
+        )
+    return turns[0]["content"]
+
+
+# --- prompts and demonstrations ----------------------------------------------------------------------------
+
+
+def _completion(fields: Fields) -> tuple[Prompt, str]:
+    prompt = _prompt(_get(fields, "prompt"))
+    return prompt, _response(_get(fields, "completion"), "completion", prompt)
+
+
+def _messages(fields: Fields) -> tuple[Prompt, str]:
+    turns = _turns(_get(fields, "messages"), "messages")
+    last = len(turns) - 1
+    if turns[-1]["role"] != "assistant":
+        key = f"messages[{last}].role"
+        raise FieldError(key, f"is {turns[-1]['role']!r} at the end", fix="end a demonstration with an assistant turn")
+    if not last:
+        raise FieldError("messages", "has an answer without a question", fix="add the user turn before it")
+    return _prompt(turns[:-1], "messages"), turns[-1]["content"]
+
+
+def _messages_prompt(fields: Fields) -> Prompt:
+    turns = _turns(_get(fields, "messages"), "messages")
+    return _prompt(turns, "messages") if turns[-1]["role"] == "user" else _messages(fields)[0]
+
+
+def _chosen(fields: Fields, pair: Callable[[Fields], Preference]) -> tuple[Prompt, str]:
+    preference = pair(fields)
+    return preference.prompt, preference.chosen
+
+
+def _ranking_prompt(fields: Fields) -> Prompt:
+    return _prompt(_get(fields, "prompt"))
+
+
+# --- pairs -------------------------------------------------------------------------------------------------
+
+
+def _preference(fields: Fields) -> Preference:
+    chosen, rejected = _get(fields, "chosen"), _get(fields, "rejected")
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        raise FieldError("rejected", "is not of the kind of 'chosen'", fix="write both as text, or both as turns")
+    prompt = fields.get("prompt")
+    # UltraFeedback: a text prompt beside turns that repeat it, perhaps after a system turn. The turns are what
+    # was answered, so the prompt is read from them.
+    repeated = isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1
+    if prompt is None or repeated:
+        implicit = _common_turns if isinstance(chosen, list) else _common_words
+        prompt, chosen, rejected = implicit(chosen, rejected)
+    prompt = _prompt(prompt)
+    return Preference(prompt, _response(chosen, "chosen", prompt), _response(rejected, "rejected", prompt))
+
+
+def _common_turns(chosen: list[Any], rejected: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """The turns both sides start with; the last turn of a side is always its answer."""
+    chosen, rejected = list(_turns(chosen, "chosen")), list(_turns(rejected, "rejected"))
+    same = 0
+    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+        same += 1
+    if not same:
+        raise FieldError("prompt", "is missing, and the two sides share no turn", fix="add 'prompt'")
+    return chosen[:same], chosen[same:], rejected[same:]
+
+
+def _common_words(chosen: Any, rejected: Any) -> tuple[str, str, str]:
+    """The words both texts start with. The answers keep their leading white space."""
+    chosen, rejected = _text(chosen, "chosen"), _text(rejected, "rejected")
+    _differ(chosen, rejected)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    # A word that only begins alike ("green", "grey") belongs to the answers, and so does the space before it.
+    while same and not (chosen[same : same + 1].isspace() and rejected[same : same + 1].isspace()):
+        same -= 1
+    prompt = chosen[:same].rstrip()
+    if not prompt:
+        raise FieldError("prompt", "is missing, and the two sides share no first word", fix="add 'prompt'")
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def _hh(fields: Fields) -> Preference:
+    prompt, chosen = _hh_side(fields, "chosen")
+    other_prompt, rejected = _hh_side(fields, "rejected")
+    if prompt != other_prompt:
+        problem = "does not answer the same dialogue as 'chosen'"
+        raise FieldError(
+            "rejected", problem, fix="make the two sides equal up to the last Human turn, or remove the row"
+        )
+    return Preference(prompt, chosen, rejected)
+
+
+def _hh_side(fields: Fields, key: str) -> tuple[list[Message], str]:
+    """The turns up to the last Human turn, and the answer. Turns of one speaker in a row become one turn."""
+    text = _text(_get(fields, key), key)
+    if not _starts_like_hh(text):
+        raise FieldError(
+            key, "does not start with '\\n\\nHuman:'", fix="set format: preference if it is no HH dialogue"
+        )
+    turns: list[Message] = []
+    speakers = _HH_TURN.split(text)[1:]
+    for speaker, said in zip(speakers[::2], speakers[1::2], strict=True):
+        role, content = _HH_ROLES[speaker], said.strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
+        else:
+            turns.append({"role": role, "content": content})
+    if turns[-1]["role"] != "assistant":
+        raise FieldError(key, "ends with a Human turn", fix="end it with the Assistant's answer or remove the row")
+    turns = _turns(turns, key)
+    return turns[:-1], turns[-1]["content"]
+
+
+def _differ(chosen: str, rejected: str) -> None:
+    if chosen == rejected:
+        raise FieldError("rejected", "equals 'chosen'", fix="remove the row: equal sides teach nothing")
+
+
+# --- rankings ----------------------------------------------------------------------------------------------
+
+
+def _pair_ranking(fields: Fields, pair: Callable[[Fields], Preference]) -> Ranking:
+    """K = 2: chosen first. A `probability` becomes the matrix of wins."""
+    preference = pair(fields)
+    _differ(preference.chosen, preference.rejected)
+    wins = None
+    if fields.get("probability") is not None:
+        p = _probability(fields["probability"])
+        wins = [[0.5, p], [1 - p, 0.5]]
+    return Ranking(preference.prompt, [preference.chosen, preference.rejected], ranks=[1, 2], wins=wins)
+
+
+def _probability(value: Any) -> float:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise FieldError("probability", f"is {value!r}, not a number from 0 to 1", fix="correct or remove it")
+    if value < 0.5:
+        raise FieldError("probability", f"is {value}: rejected wins", fix="swap chosen and rejected, write 1 - p")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ranking(fields: Fields) -> Ranking:
+    """A row that `write_rankings` wrote, or one like it. A sampled response may be empty."""
+    responses = _get(fields, "responses")
+    if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
+        raise FieldError("responses", "is not a list of two or more strings", fix="rank at least two responses")
+    k = len(responses)
+    ranks = _k_items(fields, "ranks", k, _is_int)
+    if ranks is None or min(ranks) != 1:
+        raise FieldError("ranks", f"is {ranks}: the best rank is not 1", fix="count ranks from 1, the best")
+    meta = fields.get("meta") or {}
+    if not isinstance(meta, Mapping):
+        raise FieldError("meta", f"is {type(meta).__name__}, not an object", fix="write {} or remove it")
+    return Ranking(
+        prompt=_ranking_prompt(fields),
+        responses=responses,
+        ranks=ranks,
+        wins=_wins(fields, k),
+        tokens=_k_items(fields, "tokens", k, lambda row: isinstance(row, list) and all(map(_is_int, row))),
+        gold_scores=_k_items(fields, "gold_scores", k, _is_number),
+        prompt_id=str(fields.get("prompt_id") or ""),
+        meta=dict(meta),
+    )
+
+
+def _k_items(fields: Fields, key: str, k: int, valid: Callable[[Any], bool]) -> list[Any] | None:
+    """The list at `key` when it has one valid item per response; None when there is none."""
+    value = fields.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != k:
+        size = f"{len(value)} items" if isinstance(value, list) else type(value).__name__
+        raise FieldError(key, f"is {size} for {k} responses", fix=f"give {key!r} one item per response")
+    for i, item in enumerate(value):
+        if not valid(item):
+            raise FieldError(f"{key}[{i}]", f"is {item!r:.60}", fix=f"correct it, or leave {key!r} out")
+    return value
+
+
+def _wins(fields: Fields, k: int) -> list[list[float]] | None:
+    """A K x K matrix of probabilities with wins[i][j] + wins[j][i] = 1."""
+    wins = _k_items(
+        fields, "wins", k, lambda row: isinstance(row, list) and len(row) == k and all(map(_is_number, row))
+    )
+    if wins is None:
+        return None
+    for i, j in itertools.product(range(k), repeat=2):
+        here, there = wins[i][j], wins[j][i]
+        if not 0 <= here <= 1 or abs(here + there - 1) > 1e-6:
+            problem = f"is {here} beside wins[{j}][{i}] {there}: not a probability and its complement"
+            raise FieldError(f"wins[{i}][{j}]", problem, fix="make the two add up to 1, with 0.5 on the diagonal")
+    return wins
+
+
+# --- one line per format -----------------------------------------------------------------------------------
+
+PROMPTS: dict[str, Callable[[Fields], Prompt]] = {
+    "prompt": _ranking_prompt,
+    "prompt_completion": lambda fields: _completion(fields)[0],
+    "messages": _messages_prompt,
+    "preference": lambda fields: _preference(fields).prompt,
+    "hh": lambda fields: _hh(fields).prompt,
+    "ranking": _ranking_prompt,
+}
+DEMONSTRATIONS: dict[str, Callable[[Fields], tuple[Prompt, str]]] = {
+    "prompt_completion": _completion,
+    "messages": _messages,
+    "preference": lambda fields: _chosen(fields, _preference),
+    "hh": lambda fields: _chosen(fields, _hh),
+}
+RANKINGS: dict[str, Callable[[Fields], Ranking]] = {
+    "preference": lambda fields: _pair_ranking(fields, _preference),
+    "hh": lambda fields: _pair_ranking(fields, _hh),
+    "ranking": _ranking,
+}
+
+
+def scalar_meta(fields: Fields) -> dict[str, Any]:
+    """The row's other columns that hold a single value."""
+    kept = {key: value for key, value in fields.items() if key not in _CONTENT_KEYS}
+    return {key: value for key, value in kept.items() if isinstance(value, str | int | float | bool)}

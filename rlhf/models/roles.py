@@ -1,0 +1,110 @@
+"""The models of a PPO run in their roles: policy and critic (trained), reference (frozen), and the sampler."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.checkpoint import export_folder
+from rlhf.config_schema import PPOStage
+from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer
+from rlhf.models.policy import ActorCritic, Policy
+from rlhf.models.tuning import apply_tuning, merge_tuning, parameter_groups, storage_dtype
+from rlhf.models.value import Critic, ScalarModel, load_scalar_model
+from rlhf.runtime import Runtime
+
+
+class Sampler:
+    """The policy as rollouts are drawn from it.
+
+    Trained in float32 and sampled in bf16, a policy would have all of its weights cast anew for every token;
+    a bf16 copy, refreshed once per step, costs half its size in memory instead. In every other case the sampler
+    is the policy itself.
+    """
+
+    def __init__(self, lm: Any, runtime: Runtime) -> None:
+        self._source = lm
+        self._runtime = runtime
+        self._is_copy = runtime.dtype != torch.float32 and all(p.requires_grad for p in lm.parameters())
+        self._lm = runtime.freeze(copy.deepcopy(lm).to(runtime.dtype)) if self._is_copy else lm
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[Any]:
+        """The language model with the policy's current weights, in evaluation mode."""
+        if self._is_copy:
+            with torch.no_grad():
+                for mine, theirs in zip(self._lm.parameters(), self._source.parameters(), strict=True):
+                    mine.copy_(theirs)
+            yield self._lm
+        else:
+            with self._runtime.autocast():
+                yield self._lm
+
+
+@dataclass
+class Roles:
+    """Everything `stages/ppo.py` runs on, besides the reward."""
+
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    actor_critic: ActorCritic
+    reference: Policy
+    sampler: Sampler
+    policy_handle: Any
+    critic_handle: Any
+
+    def parameter_groups(self, cfg: PPOStage) -> list[dict[str, Any]]:
+        """AdamW groups: policy and critic with their own learning rates."""
+        policy, critic = self.actor_critic.policy, self.actor_critic.critic
+        decay = cfg.optim.weight_decay
+        return [
+            *parameter_groups(policy, lr=cfg.optim.lr, weight_decay=decay),
+            *parameter_groups(critic, lr=cfg.critic_lr or cfg.optim.lr, weight_decay=decay),
+        ]
+
+    def export(self, run_dir: Path, dtype: torch.dtype) -> None:
+        """Write `final/` (policy) and `critic/`, in Hugging Face layout, adapters folded in; ends training."""
+        for name, handle in (("final", self.policy_handle), ("critic", self.critic_handle)):
+            with export_folder(run_dir / name) as folder:
+                merge_tuning(handle).to(dtype).save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+
+
+def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:
+    """Load policy, critic and reference; nothing is trained or wrapped yet.
+
+    Raises:
+        ModelError: a model cannot be found, or does not fit its role.
+    """
+    dtype = storage_dtype(cfg.tuning, runtime.dtype)
+    lm = load_causal_lm(cfg.model, dtype=dtype)
+    policy_handle = apply_tuning(lm, cfg.tuning)
+    scalar = _critic_scalar(cfg, dtype)
+    critic_handle = apply_tuning(scalar.classifier, cfg.tuning, head=scalar.classifier.score)
+    if cfg.gradient_checkpointing:
+        for model in (lm, scalar.classifier):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    actor_critic = ActorCritic(Policy(lm), Critic(scalar)).to(runtime.device).eval()
+    reference = runtime.freeze(Policy(load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype)))
+    tokenizer = load_tokenizer(cfg.model)
+    return Roles(
+        tokenizer=tokenizer,
+        eos_ids=tuple(eos_token_ids(lm, tokenizer)),
+        actor_critic=actor_critic,
+        reference=reference,
+        sampler=Sampler(lm, runtime),
+        policy_handle=policy_handle,
+        critic_handle=critic_handle,
+    )
+
+
+def _critic_scalar(cfg: PPOStage, dtype: torch.dtype) -> ScalarModel:
+    source = cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model
+    assert source is not None, "config_schema.PPOStage checks this"
+    return load_scalar_model(source, dtype=dtype)

@@ -1,0 +1,112 @@
+"""Which parameters are trained: all of them, or LoRA adapters. The only door to peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.config_schema import OptimConfig, TuningConfig
+from rlhf.errors import ConfigError
+
+
+def lora_config(cfg: TuningConfig) -> Any:
+    """The adapter's description for peft."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=cfg.target_modules)
+
+
+def storage_dtype(cfg: TuningConfig, precision: torch.dtype) -> torch.dtype:
+    """Weights that are trained stay float32 (an update of 1e-6 vanishes in bf16's 3 digits); frozen ones do not."""
+    return torch.float32 if cfg.kind == "full" else precision
+
+
+def apply_tuning(model: Any, cfg: TuningConfig, *, head: nn.Module | None = None) -> Any:
+    """Make the right parameters trainable, in place.
+
+    Args:
+        model: a transformers model; with LoRA its linear layers are replaced by adapted ones.
+        head: a new scalar head, trained whatever the tuning.
+
+    Returns:
+        What `merge_tuning` needs: the PeftModel, or `model` itself.
+
+    Raises:
+        ConfigError: no module has a name in `target_modules`.
+    """
+    if cfg.kind == "full":
+        model.requires_grad_(True)
+        return model
+    from peft import get_peft_model
+
+    # peft's "all-linear" spares the output layer of a language model, but knows nothing of a scalar head.
+    config = lora_config(cfg)
+    if head is not None:
+        config.exclude_modules = ["score"]
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"tuning.target_modules {cfg.target_modules!r}: {error}", fix="use all-linear") from None
+    if head is not None:
+        head.float().requires_grad_(True)
+    return adapted
+
+
+def merge_tuning(handle: Any) -> Any:
+    """The plain transformers model with its adapters folded into the weights; ends training."""
+    return handle.merge_and_unload() if hasattr(handle, "merge_and_unload") else handle
+
+
+def trainable_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> parameter of everything that is trained: what a checkpoint holds."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def load_trainable(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `trainable_tensors` gave."""
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in tensors.items():
+            parameters[name].copy_(value)
+
+
+def parameter_groups(module: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups of the trained parameters: matrices decay; norms, biases and scalar heads do not."""
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.dim() >= 2 and ".score." not in f".{name}"
+            (decayed if is_matrix else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [{**g, "lr": lr, "base_lr": lr} for g in groups if g["params"]]
+
+
+def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW, fused: one pass over memory instead of a dozen."""
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+def set_lr(optimizer: Any, cfg: OptimConfig, step: int, total: int) -> float:
+    """Set every group's learning rate for optimizer step `step` of `total`; returns the first group's.
+
+    Stateless, so a resumed run needs no scheduler state.
+    """
+    factor = lr_factor(cfg, step, total)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def lr_factor(cfg: OptimConfig, step: int, total: int) -> float:
+    """Share of the learning rate at 0-based `step`: linear warm-up, then the schedule; never 0 within the run."""
+    warmup = round(cfg.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    if cfg.schedule == "linear":
+        return 1.0 - done
+    if cfg.schedule == "cosine":
+        return 0.5 * (1.0 + torch.cos(torch.tensor(done * torch.pi)).item())
+    return 1.0

@@ -1,0 +1,67 @@
+"""Scalar models: one number after every token. The critic reads it before a token, the reward model at the last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.models.load import load_sequence_classifier
+from rlhf.models.policy import hidden_states
+
+NORMALISATION_FILE = "reward_normalisation.json"
+
+
+class ScalarModel(nn.Module):
+    """An `AutoModelForSequenceClassification` with one label, read at every token, shifted and scaled.
+
+    `mean` and `std` are the raw scores' on SFT demonstrations, so that 0 means "as good as a demonstration".
+    They are buffers outside of the checkpointed weights; on disk they stand in `reward_normalisation.json`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, classifier: Any, *, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def forward(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Normalised score after reading `tokens_BT[b, :t + 1]`, float32, shape [B, T]."""
+        backbone = getattr(self.classifier, self.classifier.base_model_prefix)
+        hidden_BTH = hidden_states(backbone, tokens_BT, attention_mask_BT)
+        with torch.autocast(hidden_BTH.device.type, enabled=False):  # a scalar head in bf16 has 3 digits
+            raw_BT = nn.functional.linear(hidden_BTH.float(), self.classifier.score.weight.float()).squeeze(-1)
+        return (raw_BT - self.mean) / self.std
+
+    def score_last(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Normalised score at the last real token, shape [B], wherever the padding stands."""
+        scores_BT = self(tokens_BT, attention_mask_BT)
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        last_B = (positions_T * attention_mask_BT.long()).argmax(1)
+        return scores_BT.gather(1, last_B[:, None]).squeeze(1)
+
+
+class Critic(nn.Module):
+    """`values_BT[b, t] = V(tokens_BT[b, :t])`: the scalar model's output one token earlier; 0 at t = 0."""
+
+    def __init__(self, scalar: ScalarModel) -> None:
+        super().__init__()
+        self.scalar = scalar
+
+    def forward(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        after_BT = self.scalar(tokens_BT, attention_mask_BT)
+        return nn.functional.pad(after_BT[:, :-1], (1, 0))
+
+
+def load_scalar_model(name: str, *, dtype: torch.dtype) -> ScalarModel:
+    """A scalar model with its normalisation, if the folder has one."""
+    classifier = load_sequence_classifier(name, dtype=dtype)
+    file = Path(name) / NORMALISATION_FILE
+    moments = json.loads(file.read_text()) if file.is_file() else {}
+    return ScalarModel(classifier, mean=moments.get("mean", 0.0), std=moments.get("std", 1.0))

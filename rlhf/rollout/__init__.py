@@ -1,0 +1,1 @@
+"""Rollouts: sampling them, keeping them, scoring them."""

@@ -1,0 +1,62 @@
+"""From prompts to scored rollouts, and from rollouts to the tensors that PPO compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rlhf.config_schema import MissingEOSConfig
+from rlhf.data.templates import TokenizedPrompt
+from rlhf.rollout.generate import GenerationSettings, generate
+from rlhf.types import Rollout, StopReason
+
+
+def collect(
+    lm: Any,
+    prompts: Sequence[TokenizedPrompt],
+    settings: GenerationSettings,
+    *,
+    decode: Callable[[list[int]], str],
+    generator: torch.Generator,
+    copies: int = 1,
+    policy: str = "",
+    on_tokens: Callable[[int], None] = lambda n: None,
+) -> list[Rollout]:
+    """Sample `copies` responses per prompt; row `[i * copies + k]` is the k-th of prompt i. Not yet scored.
+
+    `decode` makes the text that people and programs read; nothing downstream tokenises that text again.
+    """
+    completions = generate(
+        lm, [p.tokens for p in prompts], settings, generator=generator, copies=copies, on_tokens=on_tokens
+    )
+    rollouts = []
+    for i, completion in enumerate(completions):
+        prompt = prompts[i // copies]
+        zeros = len(prompt.tokens)
+        ended = completion.stop is StopReason.EOS
+        rollouts.append(
+            Rollout(
+                prompt=prompt.record.prompt,
+                prompt_id=prompt.record.prompt_id,
+                response=decode(completion.tokens[:-1] if ended else completion.tokens),
+                tokens=[*prompt.tokens, *completion.tokens],
+                action_mask=[False] * zeros + [True] * len(completion.tokens),
+                logprobs=[0.0] * zeros + completion.logprobs,
+                stop=completion.stop,
+                policy=policy,
+            )
+        )
+    return rollouts
+
+
+def missing_eos_penalty(scores: Sequence[float], rollouts: Sequence[Rollout], cfg: MissingEOSConfig) -> list[float]:
+    """Scores after the penalty for answers that ran into the budget (checklist 7), judged by their stop reason."""
+    penalised = []
+    for score, rollout in zip(scores, rollouts, strict=True):
+        if rollout.stop is StopReason.EOS or cfg.kind == "none":
+            penalised.append(score)
+        else:
+            penalised.append(cfg.value if cfg.kind == "set" else score - cfg.value)
+    return penalised

@@ -1,0 +1,91 @@
+"""The metrics of one PPO step, named as in TRL's PPO: masked, and global over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.functional.kl import ESTIMATORS, sequence_kl
+from rlhf.functional.losses import explained_variance_from_moments
+from rlhf.functional.masked import moments
+from rlhf.runtime import Runtime
+from rlhf.types import Rollout, RolloutBatch, StopReason
+
+
+def step_metrics(
+    batch: RolloutBatch, rollouts: Sequence[Rollout], sums: dict[str, float], runtime: Runtime, *, kl_coef: float
+) -> dict[str, float]:
+    """Everything that a step logs about rollouts and update.
+
+    Args:
+        batch: with logprobs, values, rewards, advantages and returns filled in.
+        sums: global sums over every optimizer step of this rollout batch.
+        kl_coef: the coefficient that this step's rewards were made with.
+    """
+    return {**rollout_metrics(batch, rollouts, runtime, kl_coef=kl_coef), **update_metrics(sums)}
+
+
+def rollout_metrics(
+    batch: RolloutBatch, rollouts: Sequence[Rollout], runtime: Runtime, *, kl_coef: float
+) -> dict[str, float]:
+    """Means over the sequences of all ranks; KL and entropy in nats, lengths in tokens.
+
+    `objective/rlhf_reward` is score - coef * KL per sequence, the quantity that RLHF maximises.
+    """
+    mask_BT = batch.action_mask_BT
+    kls = {name: sequence_kl(f(batch.logprobs_BT, batch.ref_logprobs_BT), mask_BT) for name, f in ESTIMATORS.items()}
+    raw_B = torch.tensor([r.score or 0.0 for r in rollouts], device=batch.tokens_BT.device)
+    sampler_gap_BT = (batch.sampler_logprobs_BT - batch.logprobs_BT).abs() * mask_BT
+    per_sequence = {
+        "objective/kl": kls["k1"],
+        "objective/kl_k3": kls["k3"],
+        "objective/scores": raw_B,
+        "objective/scores_penalised": batch.scores_B,
+        "objective/rlhf_reward": batch.scores_B - kl_coef * kls["k1"],
+        "objective/entropy": -(batch.logprobs_BT * mask_BT).sum(1),
+        "response/length_mean": mask_BT.sum(1),
+        "response/eos_frac": torch.tensor([r.stop is StopReason.EOS for r in rollouts], device=mask_BT.device),
+    }
+    per_token = {"policy/entropy_avg": (batch.entropy_BT * mask_BT).sum(), "val/sampler_gap": sampler_gap_BT.sum()}
+    counts = torch.stack([mask_BT.new_tensor(len(rollouts), dtype=torch.float64), mask_BT.sum().double()])
+    columns = [column.double().sum() for column in per_sequence.values()] + [s.double() for s in per_token.values()]
+    reduced = runtime.sum(torch.cat([counts, torch.stack(columns)])).tolist()
+    sequences, tokens, sums = max(1.0, reduced[0]), max(1.0, reduced[1]), reduced[2:]
+    means = [s / sequences for s in sums[: len(per_sequence)]] + [s / tokens for s in sums[len(per_sequence) :]]
+    named = dict(zip([*per_sequence, *per_token], means, strict=True))
+    named["objective/scores_std"] = _std(raw_B, runtime)
+    named["objective/kl_coef"] = kl_coef
+    named["val/explained_var"] = _explained_variance(batch, runtime)
+    return named
+
+
+def update_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means over the action tokens of every optimizer step of this rollout batch."""
+    tokens = max(1.0, sums["tokens"])
+    return {
+        "policy/approxkl_avg": sums["approxkl"] / tokens,
+        "policy/clipfrac_avg": sums["clipfrac"] / tokens,
+        "loss/policy_avg": sums["policy_loss"] / tokens,
+        "loss/value_avg": sums["value_loss"] / tokens,
+        "val/ratio": sums["ratio"] / tokens,
+        "val/clipfrac_avg": sums["value_clipfrac"] / tokens,
+        "train/grad_norm": sums["grad_norm"] / max(1.0, sums["updates"] - sums["skipped"]),
+        "train/updates": sums["updates"],
+        "train/skipped_updates": sums["skipped"],
+    }
+
+
+def _std(x_B: Tensor, runtime: Runtime) -> float:
+    count, total, squares = runtime.sum(
+        moments(x_B.float()[None], torch.ones_like(x_B, dtype=torch.bool)[None])
+    ).tolist()
+    return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+
+
+def _explained_variance(batch: RolloutBatch, runtime: Runtime) -> float:
+    mask_BT = batch.action_mask_BT
+    errors = runtime.sum(moments(batch.returns_BT - batch.values_BT, mask_BT))
+    return float(explained_variance_from_moments(errors, runtime.sum(moments(batch.returns_BT, mask_BT))))

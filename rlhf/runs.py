@@ -1,0 +1,91 @@
+"""What every run of a stage writes: config.yaml, environment.json, result.json; and how it is resumed."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import atomic_write
+from rlhf.config import dump, fingerprint
+from rlhf.config_schema import StageConfig
+from rlhf.types import RunResult
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a stage is run, as opposed to what it does.
+
+    `resume`: "auto" goes on from the newest verified checkpoint of this run folder, "never" starts anew.
+    """
+
+    resume: str = "auto"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": git_revision(),
+        "packages": versions,
+    }
+
+
+def git_revision() -> str | None:
+    """Revision of the code, with `-dirty` for uncommitted changes; None outside of a clone."""
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def begin(cfg: StageConfig) -> float:
+    """Make the run folder and write down what runs; returns the start time for `finish`."""
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "config.yaml", dump(cfg))
+    atomic_write(folder / "environment.json", json.dumps(environment(), indent=1))
+    return time.perf_counter()
+
+
+def finish(cfg: StageConfig, stage: str, result: RunResult, began: float) -> None:
+    """Write result.json, the sign that the stage is done."""
+    record = {
+        "stage": stage,
+        "config_sha256": fingerprint(cfg),
+        "seed": cfg.seed,
+        "wall_s": round(time.perf_counter() - began, 2),
+        "peak_rss_gb": peak_rss_gb(),
+        "summary": result.summary,
+        "outputs": result.outputs,
+    }
+    atomic_write(Path(cfg.run_dir) / "result.json", json.dumps(record, indent=1, default=str))
+
+
+def peak_rss_gb() -> float:
+    """Largest resident set of this process, in 1e9 bytes."""
+    kilo = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9, 3)

@@ -1,0 +1,140 @@
+"""The only door to accelerate and DeepSpeed: processes, devices, gradients, global sums.
+
+Everything that differs between one CPU, one GPU and many nodes is in this file and in `launch/*.yaml`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.errors import InvariantError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Runtime:
+    """One process of the run. `start` makes it; stages never name accelerate themselves."""
+
+    def __init__(self, accelerator: Any, precision: str) -> None:
+        self._accelerator = accelerator
+        self.precision = precision
+        self.dtype = _DTYPES[precision]
+        self.device: torch.device = accelerator.device
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.is_main: bool = accelerator.is_main_process
+
+    @classmethod
+    def start(cls, *, seed: int, precision: str) -> Runtime:
+        """Join the process group and seed every generator (rank r gets seed + r).
+
+        Raises:
+            InvariantError: the launcher started more processes than accelerate sees; each would train alone.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        # accelerate with DeepSpeed on CPU believes that every rank is alone unless the backend is named.
+        name_backend = launched > 1 and not torch.cuda.is_available()
+        handlers = [InitProcessGroupKwargs(backend="gloo")] if name_backend else []
+        accelerator = Accelerator(kwargs_handlers=handlers)
+        if accelerator.num_processes != launched:
+            raise InvariantError(
+                f"the launcher started {launched} processes, accelerate sees {accelerator.num_processes}",
+                fix="start with `accelerate launch --config_file launch/<file>.yaml -m rlhf ...`",
+            )
+        runtime = cls(accelerator, precision)
+        random.seed(seed + runtime.rank)
+        torch.manual_seed(seed + runtime.rank)
+        return runtime
+
+    # --- forward and backward -------------------------------------------------------------------------
+
+    def autocast(self) -> Any:
+        """Matrix products in bf16 when asked for; weights, norms and losses keep their own precision."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def prepare(self, module: nn.Module, optimizer: Any, *, micro_batch_size: int) -> tuple[Any, Any]:
+        """Wrap a trained module and its optimizer for this kind of run."""
+        plugin = getattr(self._accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None:
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch_size
+        return self._accelerator.prepare(module, optimizer)
+
+    def freeze(self, module: Any) -> Any:
+        """A module for inference only: on the device, no gradients, dropout off."""
+        return module.to(self.device).requires_grad_(False).eval()
+
+    def unwrap(self, module: Any) -> Any:
+        """The module that `prepare` was given."""
+        return self._accelerator.unwrap_model(module)
+
+    @contextlib.contextmanager
+    def accumulate(self, module: Any, *, last: bool) -> Iterator[None]:
+        """Ranks exchange gradients only in the last micro-batch of an optimizer step."""
+        self._accelerator.gradient_state._set_sync_gradients(last)
+        no_sync = getattr(module, "no_sync", None)
+        is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
+        with contextlib.nullcontext() if last or not is_ddp or no_sync is None else no_sync():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, which the caller has already divided (denominator rule)."""
+        self._accelerator.backward(loss)
+
+    def step(self, module: Any, optimizer: Any, *, max_grad_norm: float) -> float:
+        """One clip of the global gradient norm, one optimizer step; returns the norm before the clip.
+
+        A step whose norm is not finite is skipped on all ranks (they share the norm); the caller counts it.
+        """
+        norm = self._accelerator.clip_grad_norm_(module.parameters(), max_grad_norm)
+        norm = float(norm) if norm is not None else float("nan")
+        if self.uses_deepspeed or norm == norm and norm != float("inf"):
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether parameters or optimizer state may be sharded."""
+        return getattr(self._accelerator.state, "deepspeed_plugin", None) is not None
+
+    # --- talking to the other ranks -------------------------------------------------------------------
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+        return self._accelerator.reduce(values.to(self.device), reduction="sum")
+
+    def max(self, value: float) -> float:
+        """Largest value over ranks."""
+        mine = torch.tensor([value], dtype=torch.float64, device=self.device)
+        return float(self._accelerator.gather(mine).max())
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """The ranks' lists joined, in rank order, on every rank."""
+        if self.world_size == 1:
+            return values
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, values)
+        return [value for part in gathered for value in part]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._accelerator.wait_for_everyone()
+
+    def denominator(self, action_tokens: int) -> float:
+        """What a sum of losses over this rank's `action_tokens` of one optimizer step is divided by.
+
+        Ranks average their gradients, and micro-batches add theirs, so dividing by (tokens of all ranks and
+        micro-batches) / (number of ranks) makes the gradient the exact global token mean, whatever the split.
+        """
+        total = self.sum(torch.tensor([float(action_tokens)], dtype=torch.float64))
+        return max(1.0, float(total)) / self.world_size

@@ -1,0 +1,405 @@
+"""PPO with KL control against a frozen reference: Ziegler 2019, Stiennon 2020, Ouyang 2022.
+
+`main` is the loop; every numbered line is one function, in this file or in `functional/`. Deviations from the papers:
+    - Advantages are Ouyang's: gamma 1, lambda .95, whitened over the global batch (`gae` itself never whitens).
+    - The critic is its own network, initialised from the reward model, with its own learning rate.
+    - Losses are global token means per optimizer step (denominator rule in `Runtime.denominator`).
+    - No top-k or top-p: a truncated sampler has another distribution than the one whose ratio is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reward_model.model import RewardModel
+from rlhf.config_schema import PPOStage
+from rlhf.data.order import generator_for, rows_for_step
+from rlhf.data.records import read_prompts
+from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, prompt_tokens, response_tokens
+from rlhf.errors import InvariantError
+from rlhf.functional.advantages import clip_scores, gae, penalised_rewards
+from rlhf.functional.kl import k1
+from rlhf.functional.losses import kl_loss, max_ratio_deviation, policy_loss, value_loss
+from rlhf.functional.masked import masked_sum, moments, whiten
+from rlhf.kl_control import AdaptiveKL, FixedKL
+from rlhf.models.roles import Roles, build_roles
+from rlhf.models.tuning import build_optimizer, set_lr
+from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows, minibatch_rows
+from rlhf.rollout.collect import collect, missing_eos_penalty
+from rlhf.rollout.generate import GenerationSettings
+from rlhf.rollout.scorers import SCORERS
+from rlhf.rollout.statistics import step_metrics
+from rlhf.rollout.ppo_run import PPORun
+from rlhf.runs import RunOptions
+from rlhf.runtime import Runtime
+from rlhf.types import RewardFn, Rollout, RolloutBatch, RunResult
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+def main(cfg: PPOStage, options: RunOptions) -> RunResult:
+    """Train the policy; leaves `final/` (policy), `critic/`, metrics.jsonl and samples.jsonl."""
+    runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
+    roles = build_roles(cfg, runtime)
+    reward_fn = build_reward(cfg, roles, runtime)
+    prompts = load_prompts(cfg, roles.tokenizer)
+    ptx = load_ptx(cfg, roles.tokenizer)
+    optimizer = build_optimizer(roles.parameter_groups(cfg), cfg.optim)
+    actor_critic, optimizer = runtime.prepare(roles.actor_critic, optimizer, micro_batch_size=cfg.micro_batch_size)
+    kl_control = (
+        FixedKL(cfg.kl.coef) if cfg.kl.kind == "fixed" else AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)
+    )
+
+    module = roles.actor_critic
+    with PPORun.open(cfg, options, runtime, module=module, optimizer=optimizer, kl_control=kl_control) as run:
+        for step in run.steps():
+            with run.phase("generate"):
+                rollouts = sample_rollouts(
+                    step, prompts, roles, cfg, runtime, on_tokens=run.progress.advance
+                )  # 1 sample
+            with run.phase("score"):
+                for rollout, score in zip(rollouts, reward_fn(rollouts), strict=True):
+                    rollout.score = score
+                batch = make_batch(rollouts, cfg, runtime)
+                epochs = plan_epochs(len(batch), cfg, generator_for(cfg.seed, "epochs", step, runtime.rank))
+                evaluate_rollouts(batch, epochs[0], actor_critic, roles.reference, cfg, runtime)  # 2 logprobs, values
+            if step == 0 and cfg.reference in (None, cfg.model):
+                assert_reference_is_policy(batch, runtime)
+            shape_rewards(batch, cfg, runtime, kl_coef=kl_control.coef)  # 3 score at the last action, -coef * KL
+            estimate_advantages(batch, cfg, runtime)  # 4 GAE, then whitening over the global batch
+            with run.phase("update"):
+                lr = set_lr(optimizer, cfg.optim, step, cfg.steps)
+                sums = train(
+                    actor_critic, optimizer, batch, epochs, cfg, runtime, step=step, ptx=ptx
+                )  # 5 clipped objective
+            metrics = step_metrics(batch, rollouts, sums, runtime, kl_coef=kl_control.coef)
+            kl_control.update(metrics["objective/kl"], n=cfg.batch_size * runtime.world_size)  # 6 Ziegler's controller
+            run.log(step, {**metrics, "lr": lr}, batch, rollouts)
+            run.save_if_due(step)  # 7
+        return run.finish(roles)
+
+
+# --- inputs -----------------------------------------------------------------------------------------------
+
+
+def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
+    """The reward model, or a programmatic scorer."""
+    if cfg.reward_model is None:
+        assert cfg.scorer is not None, "config_schema.PPOStage checks this"
+        return SCORERS[cfg.scorer]
+    return RewardModel.load(
+        cfg.reward_model, runtime, tokenizer=roles.tokenizer, micro_batch_size=2 * cfg.micro_batch_size
+    )
+
+
+def load_prompts(cfg: PPOStage, tokenizer: Any) -> list[TokenizedPrompt]:
+    """Tokenized prompts, over-long ones handled as `overlong` says."""
+    return check_prompt_lengths(
+        read_prompts(cfg.prompts),
+        tokenizer,
+        chat=cfg.prompts.chat,
+        max_tokens=cfg.max_prompt_tokens,
+        overlong=cfg.overlong,
+    )
+
+
+def load_ptx(cfg: PPOStage, tokenizer: Any) -> list[Rollout]:
+    """Pretraining texts as rollouts whose every response token counts (PPO-ptx, Ouyang 2022); [] when off."""
+    if cfg.ptx is None:
+        return []
+    from rlhf.data.records import read_demonstrations
+    from rlhf.types import StopReason
+
+    rows = []
+    for record in read_demonstrations(cfg.ptx):
+        prompt = prompt_tokens(tokenizer, record.prompt, chat=cfg.ptx.chat)
+        response = response_tokens(tokenizer, record.completion, finished=True)
+        mask = [False] * len(prompt) + [True] * len(response)
+        rows.append(
+            Rollout(record.prompt, record.completion, prompt + response, mask, [0.0] * len(mask), StopReason.EOS)
+        )
+    return rows
+
+
+def sample_rollouts(
+    step: int, prompts: Sequence[TokenizedPrompt], roles: Roles, cfg: PPOStage, runtime: Runtime, *, on_tokens: Any
+) -> list[Rollout]:
+    """This rank's rollouts of `step`; prompts and draws depend on (seed, step, rank) alone."""
+    rows = rows_for_step(
+        step, cfg.batch_size, len(prompts), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size
+    )
+    settings = GenerationSettings(
+        roles.eos_ids, cfg.sampling.max_new_tokens, cfg.sampling.temperature, cfg.sampling.batch_size
+    )
+    with roles.sampler.ready() as lm:
+        rollouts = collect(
+            lm,
+            [prompts[i] for i in rows],
+            settings,
+            decode=lambda tokens: roles.tokenizer.decode(tokens, skip_special_tokens=True),
+            generator=generator_for(cfg.seed, "sample", step, runtime.rank, device=runtime.device),
+            policy="ppo",
+            on_tokens=on_tokens,
+        )
+    for rollout in rollouts:
+        rollout.step = step
+    return rollouts
+
+
+# --- the batch --------------------------------------------------------------------------------------------
+
+
+def make_batch(rollouts: Sequence[Rollout], cfg: PPOStage, runtime: Runtime) -> RolloutBatch:
+    """Padded tensors; scores clipped, then penalised where the answer has no EOS."""
+    batch = RolloutBuffer(rollouts).batch(runtime.device)
+    scores_B = batch.scores_B if cfg.score_clip is None else clip_scores(batch.scores_B, cfg.score_clip)
+    penalised = missing_eos_penalty(scores_B.tolist(), rollouts, cfg.missing_eos)
+    batch.scores_B = torch.tensor(penalised, device=runtime.device)
+    return batch
+
+
+def plan_epochs(rows: int, cfg: PPOStage, generator: torch.Generator) -> list[list[Tensor]]:
+    """Rows of every optimizer step: `epochs` lists of `minibatches` index tensors, each epoch freshly permuted."""
+    return [minibatch_rows(rows, cfg.minibatches, generator) for _ in range(cfg.epochs)]
+
+
+@torch.no_grad()
+def evaluate_rollouts(
+    batch: RolloutBatch, minibatches: list[Tensor], actor_critic: Any, reference: Any, cfg: PPOStage, runtime: Runtime
+) -> None:
+    """Fill in old and reference logprobs, entropies and values.
+
+    The rows are read in the very micro-batches of the first epoch: same shapes, same kernels, same rounding, so
+    that the first ratio is exactly 1 and `assert_first_ratio` can be strict.
+    """
+    for name in ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT"):
+        setattr(batch, name, torch.zeros_like(batch.sampler_logprobs_BT))
+    for rows in micro_batches(batch, minibatches, cfg):
+        part = batch.select(rows)
+        inputs = (part.tokens_BT, part.attention_mask_BT, part.action_mask_BT)
+        with runtime.autocast():
+            logprobs_BT, entropy_BT, values_BT = actor_critic(*inputs, temperature=cfg.sampling.temperature)
+            ref_logprobs_BT, _ = reference(*inputs, temperature=cfg.sampling.temperature)
+        width = part.tokens_BT.shape[1]
+        batch.logprobs_BT[rows, :width] = logprobs_BT.float()
+        batch.ref_logprobs_BT[rows, :width] = ref_logprobs_BT.float()
+        batch.entropy_BT[rows, :width] = entropy_BT.float()
+        batch.values_BT[rows, :width] = values_BT.float()
+
+
+def micro_batches(batch: RolloutBatch, minibatches: Sequence[Tensor], cfg: PPOStage) -> list[Tensor]:
+    """The rows of every forward pass over `minibatches`."""
+    lengths_B = batch.attention_mask_BT.sum(1).cpu()
+    return [rows for part in minibatches for rows in micro_batch_rows(part, lengths_B, cfg.micro_batch_size)]
+
+
+def shape_rewards(batch: RolloutBatch, cfg: PPOStage, runtime: Runtime, *, kl_coef: float) -> None:
+    """Per-token rewards: -coef (log pi - log pi_ref), and the score on the last action."""
+    kl_BT = k1(batch.logprobs_BT, batch.ref_logprobs_BT)
+    in_reward = cfg.kl.place == "reward"
+    batch.rewards_BT = penalised_rewards(
+        batch.scores_B, kl_BT, batch.action_mask_BT, kl_coef=kl_coef if in_reward else 0.0
+    )
+    if cfg.whiten_rewards:
+        global_moments = runtime.sum(moments(batch.rewards_BT, batch.action_mask_BT))
+        batch.rewards_BT = whiten(batch.rewards_BT, batch.action_mask_BT, global_moments, center=False)
+
+
+def estimate_advantages(batch: RolloutBatch, cfg: PPOStage, runtime: Runtime) -> None:
+    """GAE; returns are the unwhitened advantages plus the old values; then whitening over the global batch."""
+    mask_BT = batch.action_mask_BT
+    bootstrap_B = last_values(batch) * batch.truncated_B if cfg.bootstrap_truncated else None
+    advantages_BT = gae(
+        batch.rewards_BT, batch.values_BT, mask_BT, gamma=cfg.gamma, lam=cfg.lam, bootstrap_B=bootstrap_B
+    )
+    batch.returns_BT = (advantages_BT + batch.values_BT).masked_fill(~mask_BT, 0.0)
+    if cfg.whiten_advantages:
+        advantages_BT = whiten(advantages_BT, mask_BT, runtime.sum(moments(advantages_BT, mask_BT)), center=True)
+    batch.advantages_BT = advantages_BT
+
+
+def last_values(batch: RolloutBatch) -> Tensor:
+    """Value before the last action: the nearest estimate of what a truncated answer would still have earned."""
+    positions_T = torch.arange(batch.action_mask_BT.shape[1], device=batch.tokens_BT.device)
+    last_B = (positions_T * batch.action_mask_BT).argmax(1)
+    return batch.values_BT.gather(1, last_B[:, None]).squeeze(1)
+
+
+# --- the update -------------------------------------------------------------------------------------------
+
+
+def train(
+    actor_critic: Any,
+    optimizer: Any,
+    batch: RolloutBatch,
+    epochs: list[list[Tensor]],
+    cfg: PPOStage,
+    runtime: Runtime,
+    *,
+    step: int,
+    ptx: Sequence[Rollout] = (),
+) -> dict[str, float]:
+    """`epochs x minibatches` optimizer steps; returns global sums of statistics over all of them."""
+    totals: dict[str, float] = {}
+    skipped_in_a_row = 0
+    for epoch, minibatches in enumerate(epochs):
+        epoch_sums: dict[str, float] = {}
+        for index, rows in enumerate(minibatches):
+            first = epoch == 0 and index == 0
+            sums = update(actor_critic, optimizer, batch, rows, cfg, runtime, step=step, ptx=ptx, first=first)
+            skipped_in_a_row = skipped_in_a_row + 1 if sums["skipped"] else 0
+            if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise InvariantError(
+                    f"step {step}: the gradient was not finite {skipped_in_a_row} times in a row",
+                    fix="lower optim.lr or max_grad_norm, and look at samples.jsonl of this step",
+                )
+            add_into(epoch_sums, sums)
+        add_into(totals, epoch_sums)
+        approx_kl = epoch_sums["approxkl"] / max(1.0, epoch_sums["tokens"])
+        if cfg.target_kl is not None and approx_kl > cfg.target_kl:
+            break
+    return totals
+
+
+def update(
+    actor_critic: Any,
+    optimizer: Any,
+    batch: RolloutBatch,
+    rows: Tensor,
+    cfg: PPOStage,
+    runtime: Runtime,
+    *,
+    step: int,
+    ptx: Sequence[Rollout],
+    first: bool,
+) -> dict[str, float]:
+    """One optimizer step on `rows`, through as many micro-batches as memory asks for."""
+    parts = micro_batches(batch, [rows], cfg)
+    denominator = runtime.denominator(int(batch.action_mask_BT[rows].sum()))
+    sums: dict[str, Tensor] = {}
+    for i, part_rows in enumerate(parts):
+        part = batch.select(part_rows)
+        is_last = i + 1 == len(parts) and not ptx
+        with runtime.accumulate(actor_critic, last=is_last):
+            loss, stats = ppo_loss(actor_critic, part, cfg, runtime, denominator=denominator, step=step)
+            if first:
+                assert_first_ratio(stats.pop("max_ratio_deviation"), runtime)
+            stats.pop("max_ratio_deviation", None)
+            runtime.backward(loss)
+        for name, value in stats.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+    if ptx:
+        with runtime.accumulate(actor_critic, last=True):
+            runtime.backward(ptx_loss(actor_critic, ptx, rows, cfg, runtime, step=step))
+    norm = runtime.step(actor_critic, optimizer, max_grad_norm=cfg.optim.max_grad_norm)
+    finite = norm == norm and norm != float("inf")
+    reduced = reduce_sums(sums, runtime)
+    return {**reduced, "updates": 1.0, "skipped": 0.0 if finite else 1.0, "grad_norm": norm if finite else 0.0}
+
+
+def ppo_loss(
+    actor_critic: Any, part: RolloutBatch, cfg: PPOStage, runtime: Runtime, *, denominator: float, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy loss + value loss (+ KL loss - entropy bonus) of one micro-batch; and sums of statistics."""
+    mask_BT = part.action_mask_BT
+    with runtime.autocast():
+        logprobs_BT, entropy_BT, values_BT = actor_critic(
+            part.tokens_BT, part.attention_mask_BT, mask_BT, temperature=cfg.sampling.temperature
+        )
+    logprobs_BT, values_BT = logprobs_BT.float(), values_BT.float()
+    policy, policy_stats = policy_loss(
+        logprobs_BT,
+        part.logprobs_BT,
+        part.advantages_BT,
+        mask_BT,
+        clip_range=cfg.clip_range,
+        denominator=denominator,
+        dual_clip=cfg.dual_clip,
+    )
+    value, value_stats = value_loss(
+        values_BT, part.values_BT, part.returns_BT, mask_BT, clip_range=cfg.value_clip_range, denominator=denominator
+    )
+    actor = policy
+    if cfg.kl.place == "loss":
+        kl = kl_loss(logprobs_BT, part.ref_logprobs_BT, mask_BT, estimator=cfg.kl.estimator, denominator=denominator)
+        actor = actor + cfg.kl.coef * kl
+    if cfg.entropy_coef:
+        actor = actor - cfg.entropy_coef * masked_sum(entropy_BT, mask_BT) / denominator
+    if step < cfg.critic_warmup_steps:
+        actor = 0.0 * actor  # not left out: every parameter must take part in the ranks' gradient exchange
+    stats = {
+        **policy_stats,
+        **{f"value_{k}": v for k, v in value_stats.items()},
+        "policy_loss": policy * denominator,
+        "value_loss": value * denominator,
+        "max_ratio_deviation": max_ratio_deviation(logprobs_BT, part.logprobs_BT, mask_BT),
+    }
+    return actor + cfg.value_coef * value, stats
+
+
+def ptx_loss(
+    actor_critic: Any, ptx: Sequence[Rollout], rows: Tensor, cfg: PPOStage, runtime: Runtime, *, step: int
+) -> Tensor:
+    """`ptx_coef` x mean negative log-likelihood of as many pretraining rows as a micro-batch has."""
+    count = min(len(rows), cfg.micro_batch_size, len(ptx))
+    picks = rows_for_step(step, count, len(ptx), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size)
+    batch = RolloutBuffer([ptx[i] for i in picks]).batch(runtime.device)
+    with runtime.autocast():
+        logprobs_BT, _, values_BT = actor_critic(batch.tokens_BT, batch.attention_mask_BT, batch.action_mask_BT)
+    denominator = runtime.denominator(int(batch.action_mask_BT.sum()))
+    return -cfg.ptx_coef * masked_sum(logprobs_BT, batch.action_mask_BT) / denominator + 0.0 * values_BT.sum()
+
+
+# --- run-time assertions (ppo.md, checklist 6) --------------------------------------------------------------
+
+
+def assert_first_ratio(deviation: Tensor, runtime: Runtime) -> None:
+    """The first ratio of a step is 1: nothing has changed since the old logprobs were taken.
+
+    Raises:
+        InvariantError: it is not; training would follow a wrong gradient.
+    """
+    worst = float(deviation)
+    tolerance = 1e-6 if runtime.precision == "fp32" else 0.05
+    if worst > tolerance:
+        raise InvariantError(
+            f"the first minibatch's ratio deviates from 1 by {worst:.2g} (allowed: {tolerance:.0e} in {runtime.precision})",
+            fix="look for dropout, a sampler with another temperature, or a non-deterministic kernel",
+        )
+
+
+def assert_reference_is_policy(batch: RolloutBatch, runtime: Runtime) -> None:
+    """Before the first update policy and reference are the same function: KL is 0.
+
+    Raises:
+        InvariantError: it is not; the KL penalty would pull towards a wrong model.
+    """
+    kl_BT = k1(batch.logprobs_BT, batch.ref_logprobs_BT)
+    tokens = max(1, int(batch.action_mask_BT.sum()))
+    mean = float(masked_sum(kl_BT, batch.action_mask_BT)) / tokens
+    tolerance = 1e-5 if runtime.precision == "fp32" else 0.02
+    if abs(mean) > tolerance:
+        raise InvariantError(
+            f"KL(policy, reference) is {mean:.2g} nats per token before the first update; it must be 0",
+            fix="check that `reference` is the model that `model` was saved from, in the same precision",
+        )
+
+
+# --- small helpers ----------------------------------------------------------------------------------------
+
+
+def add_into(totals: dict[str, float], more: dict[str, float]) -> None:
+    """`totals[k] += more[k]`."""
+    for name, value in more.items():
+        totals[name] = totals.get(name, 0.0) + value
+
+
+def reduce_sums(sums: dict[str, Tensor], runtime: Runtime) -> dict[str, float]:
+    """Sums over ranks, in one message."""
+    names = sorted(sums)
+    reduced = runtime.sum(torch.stack([sums[name].double() for name in names]))
+    return dict(zip(names, reduced.tolist(), strict=True))

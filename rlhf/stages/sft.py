@@ -1,0 +1,193 @@
+"""Supervised fine-tuning: a thin face on `trl.SFTTrainer`, which brings packing, PEFT and chat templates."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from rlhf.checkpoint import export_folder
+from rlhf.config import did_you_mean
+from rlhf.config_schema import DatasetConfig, SFTStage
+from rlhf.data.records import Demonstration, read_demonstrations
+from rlhf.data.templates import as_chat, show_examples
+from rlhf.errors import ConfigError, DataError
+from rlhf.models.load import load_causal_lm, load_tokenizer
+from rlhf.models.tuning import lora_config, merge_tuning, storage_dtype
+from rlhf.progress import Progress
+from rlhf.runs import RunOptions
+from rlhf.runtime import Runtime
+from rlhf.tracking import Tracker
+from rlhf.types import RunResult
+
+
+def main(cfg: SFTStage, options: RunOptions) -> RunResult:
+    """Train on the demonstrations; leaves `final/` and metrics.jsonl."""
+    from trl import SFTTrainer
+
+    runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
+    tokenizer = load_tokenizer(cfg.model)
+    train = to_dataset(read_demonstrations(cfg.dataset), tokenizer, cfg.dataset, cfg)
+    evaluation = (
+        to_dataset(read_demonstrations(cfg.eval_dataset), tokenizer, cfg.eval_dataset, cfg)
+        if cfg.eval_dataset
+        else None
+    )
+    with (
+        Progress(stage="sft", enabled=runtime.is_main) as progress,
+        Tracker.open(
+            cfg.run_dir,
+            cfg.tracking,
+            stage="sft",
+            config=cfg.model_dump(mode="json"),
+            enabled=runtime.is_main,
+            resume_step=0,
+            say=progress.say,
+        ) as tracker,
+    ):
+        reporter = Reporter(progress, tracker)
+        trainer = SFTTrainer(
+            model=load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype)),
+            args=trainer_config(cfg, has_eval=evaluation is not None),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=lora_config(cfg.tuning) if cfg.tuning.kind == "lora" else None,
+            callbacks=[reporter],
+        )
+        trainer.remove_callback(_printer_callback())
+        if runtime.is_main:
+            show_examples(progress.console, tokenizer, "SFT (prompt and completion)", trained_examples(trainer))
+        trainer.train()
+    final = Path(cfg.run_dir) / "final"
+    model = merge_tuning(trainer.accelerator.unwrap_model(trainer.model))
+    if runtime.is_main:
+        with export_folder(final) as folder:
+            model.to(runtime.dtype).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    summary = {"demonstrations": len(train), "steps": trainer.state.global_step, **reporter.last}
+    return RunResult(cfg.run_dir, summary, {"model": str(final)})
+
+
+def to_dataset(rows: list[Demonstration], tokenizer: Any, source: DatasetConfig, cfg: SFTStage) -> Any:
+    """Demonstrations as TRL's prompt-completion dataset, conversational where the tokenizer has a chat template.
+
+    Raises:
+        DataError: a demonstration leaves no room for its completion within `max_length`.
+    """
+    from datasets import Dataset
+
+    from rlhf.data.templates import prompt_tokens
+
+    chat = source.chat and tokenizer.chat_template is not None
+    converted = []
+    for row in rows:
+        length = len(prompt_tokens(tokenizer, row.prompt, chat=chat))
+        if length >= cfg.max_length:
+            raise DataError(
+                f"{row.where}: the prompt has {length} tokens, max_length is {cfg.max_length}: nothing would be trained",
+                fix="raise max_length, or shorten or remove the row",
+            )
+        if chat:
+            prompt = as_chat(row.prompt)
+            converted.append({"prompt": prompt, "completion": [{"role": "assistant", "content": row.completion}]})
+        else:
+            converted.append({"prompt": row.prompt, "completion": row.completion})
+    return Dataset.from_list(converted)
+
+
+def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
+    """`trl.SFTConfig` from our typed keys and the pass-through block.
+
+    Raises:
+        ConfigError: a key under `trainer:` is unknown to trl, or belongs to us.
+    """
+    import dataclasses
+
+    from trl import SFTConfig
+
+    on_cpu = not torch.cuda.is_available()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    ours = {
+        "output_dir": str(Path(cfg.run_dir) / "trainer"),
+        "num_train_epochs": cfg.epochs,
+        "per_device_train_batch_size": cfg.micro_batch_size,
+        "per_device_eval_batch_size": cfg.micro_batch_size,
+        "gradient_accumulation_steps": cfg.batch_size // cfg.micro_batch_size,
+        "learning_rate": cfg.lr,
+        "max_length": cfg.max_length,
+        "packing": cfg.packing,
+        "completion_only_loss": cfg.completion_only_loss,
+        "seed": cfg.seed,
+        "bf16": cfg.precision == "bf16",
+        "use_cpu": on_cpu,
+        "ddp_backend": "gloo" if on_cpu and processes > 1 else None,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    defaults = {
+        "eval_strategy": "epoch" if has_eval else "no",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "dataloader_pin_memory": not on_cpu,
+    }
+    known = {f.name for f in dataclasses.fields(SFTConfig)}
+    for key in cfg.trainer:
+        if key in ours:
+            raise ConfigError(f"trainer.{key} is set by our own keys", fix="remove it; see `rlhf sft --help` for ours")
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise ConfigError(f"trainer.{key}: unknown to trl.SFTConfig{hint}", fix="correct or remove it")
+    return SFTConfig(**{**defaults, **cfg.trainer, **ours})
+
+
+def trained_examples(trainer: Any) -> list[tuple[list[int], list[bool]]]:
+    """(tokens, trained?) of the first two rows, from the very batch that the trainer would see."""
+    rows = [trainer.train_dataset[i] for i in range(min(2, len(trainer.train_dataset)))]
+    examples = []
+    for row in rows:
+        batch = trainer.data_collator([row])
+        tokens, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        examples.append((tokens, [label != -100 for label in labels]))
+    return examples
+
+
+def _printer_callback() -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+class Reporter(TrainerCallback):
+    """The trainer's numbers into our progress line and metrics.jsonl."""
+
+    names = {"loss": "loss/train", "eval_loss": "loss/eval", "grad_norm": "train/grad_norm", "learning_rate": "lr"}
+
+    def __init__(self, progress: Progress, tracker: Tracker) -> None:
+        self._progress, self._tracker = progress, tracker
+        self.last: dict[str, float] = {}
+        self._tokens = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress.phase("train", total=state.max_steps, unit="steps")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        shown = {"loss": self.last["loss/train"]} if "loss/train" in self.last else {}
+        self._progress.advance(1, **shown)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        metrics = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in logs}
+        for theirs, ours in (("mean_token_accuracy", "train/token_accuracy"), ("num_tokens", "train/tokens")):
+            if theirs in logs and math.isfinite(float(logs[theirs])):
+                metrics[ours] = float(logs[theirs])
+        if metrics:
+            self.last.update(metrics)
+            self._tracker.log(state.global_step, metrics)

@@ -1,0 +1,243 @@
+"""Every shipped YAML loads; what the loader promises; the hub's data sets, tried on files with their columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf import config
+from rlhf.config_schema import STAGES, DatasetConfig
+from rlhf.data.records import read_demonstrations, read_prompts, read_rankings
+from rlhf.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+NAMES = [str(path.relative_to(CONFIGS)) for path in FILES]
+
+
+def load(path: Path, *overrides: str) -> Any:
+    return config.load(path, path.relative_to(CONFIGS).parts[0], overrides)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(path: Path, stage: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, stage, overrides)
+    assert caught.value.fix
+    return str(caught.value)
+
+
+# --- the shipped files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_shipped_file_is_a_valid_configuration_of_its_folder_s_stage(path: Path) -> None:
+    stage = path.relative_to(CONFIGS).parts[0]
+    assert isinstance(load(path), STAGES[stage])
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_the_top_comment_has_the_command_that_runs_the_file(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    stage = path.relative_to(CONFIGS).parts[0]
+    assert f"rlhf {stage} " in comment
+    assert path.stem in comment
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_dumped_configuration_loads_equal(path: Path, tmp_path: Path) -> None:
+    loaded = load(path)
+    stage = path.relative_to(CONFIGS).parts[0]
+    again = config.load(write(tmp_path / "config.yaml", config.dump(loaded)), stage)
+    assert again == loaded
+    assert config.fingerprint(again) == config.fingerprint(loaded)
+
+
+@pytest.mark.parametrize("name", ["hh", "tldr", "ultrafeedback"])
+def test_ppo_starts_from_what_sft_and_reward_leave(name: str) -> None:
+    sft, reward, ppo = (load(CONFIGS / stage / f"{name}.yaml") for stage in ("sft", "reward", "ppo"))
+    assert ppo.model == f"{sft.run_dir}/final"
+    assert ppo.reward_model == f"{reward.run_dir}/final"
+    assert sft.model == reward.model, "policy and reward model need one tokenizer"
+    assert ppo.prompts.chat == sft.dataset.chat == reward.dataset.chat
+
+
+# --- the loader -----------------------------------------------------------------------------------------------
+
+REWARD = """
+run_dir: runs/x
+model: m
+dataset: {path: d.jsonl}
+"""
+
+
+def test_overrides_reach_nested_keys_and_survive_a_round_trip(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", REWARD)
+    overrides = ["optim.lr=3e-6", "dataset.limit=7", "tuning.kind=lora", "eval_dataset.path=e.jsonl", "run_dir=r=s"]
+    cfg = config.load(path, "reward", overrides)
+    values = (cfg.optim.lr, cfg.dataset.limit, cfg.tuning.kind, cfg.eval_dataset.path, cfg.run_dir)
+    assert values == (3e-6, 7, "lora", "e.jsonl", "r=s")
+    assert config.load(write(tmp_path / "again.yaml", config.dump(cfg)), "reward") == cfg
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-6", 1e-6), ("1E-6", 1e-6), ("-2e+1", -20.0), ("1.e-6", 1e-6)])
+def test_an_exponent_makes_a_float(tmp_path: Path, text: str, value: float) -> None:
+    data = config.read_yaml(write(tmp_path / "a.yaml", f"a: {text}\nb: 1e-6x\nc: e5\n"))
+    assert data == {"a": value, "b": "1e-6x", "c": "e5"}
+    assert type(data["a"]) is float
+
+
+def test_all_errors_come_at_once_with_key_and_proposal(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", REWARD + "epoch: 2\nbatch_size: many\nloss: bradley_tery\noptim: {learning: 1}\n")
+    text = refused(path, "reward", "dataset.pth=x")
+    assert text.startswith(f"{path}: 6 errors in the reward configuration")
+    for part in (
+        "epoch: unknown key; did you mean 'epochs'?",
+        "dataset.pth: unknown key; did you mean 'path'?",
+        "batch_size: ",
+        "(got 'many')",
+        "did you mean 'bradley_terry'?",
+        "optim.learning: unknown key; known: betas",
+        "optim.lr: required, but not set",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("epochs", "not of the form a.b=c"),
+        ("=3", "not of the form a.b=c"),
+        ("model.name=3", "model is a single value"),
+        ("epochs=[1", "not valid YAML"),
+    ],
+)
+def test_a_malformed_override_is_named(tmp_path: Path, override: str, part: str) -> None:
+    text = refused(write(tmp_path / "r.yaml", REWARD), "reward", override)
+    assert override in text
+    assert part in text
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3\n", "x:\n  a: 1\n  a: 2\n"])
+def test_a_key_set_twice_is_an_error_with_its_line(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "a.yaml", text)
+    message = refused(path, "reward")
+    assert "line 3: key 'a' is set twice" in message
+    assert str(path) in message
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"model: caf\xe9\n")
+    assert f"{path} is not UTF-8" in refused(path, "reward")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("a: [1\n", "a.yaml:2: not valid YAML"), ("- a\n", "holds list"), ("", "holds None")]
+)
+def test_what_is_no_mapping_is_named(tmp_path: Path, text: str, part: str) -> None:
+    assert part in refused(write(tmp_path / "a.yaml", text), "reward")
+
+
+def test_an_unknown_name_lists_the_shipped_ones() -> None:
+    text = refused(Path("hh_lokal"), "reward")
+    assert "no configuration 'hh_lokal'" in text
+    assert "did you mean 'hh_local'?" in text
+
+
+def test_a_shipped_configuration_is_found_by_name() -> None:
+    assert config.load("tldr", "sft") == load(CONFIGS / "sft" / "tldr.yaml")
+
+
+def test_no_key_can_hold_remote_code() -> None:
+    assert "trust_remote_code" not in json.dumps([model.model_json_schema() for model in STAGES.values()])
+
+
+# --- the hub's data sets: local files with the same columns ----------------------------------------------------
+
+USER = {"role": "user", "content": "Why?"}
+GOOD = {"role": "assistant", "content": "Because of the light."}
+POOR = {"role": "assistant", "content": "No idea."}
+TLDR = "SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
+ULTRAFEEDBACK = {
+    "prompt": "Why?",
+    "prompt_id": "0" * 64,
+    "chosen": [USER, GOOD],
+    "rejected": [USER, POOR],
+    "messages": [USER, GOOD],
+    "score_chosen": 8.0,
+    "score_rejected": 4.5,
+}
+HUB_ROWS: dict[tuple[str, str], dict[str, Any]] = {
+    ("Anthropic/hh-rlhf", split): {
+        "chosen": "\n\nHuman: Why?\n\nAssistant: Because of the light.",
+        "rejected": "\n\nHuman: Why?\n\nAssistant: No idea.",
+    }
+    for split in ("train", "test")
+}
+HUB_ROWS |= {
+    ("trl-lib/tldr", split): {"prompt": TLDR, "completion": " Short."} for split in ("train", "validation", "test")
+}
+HUB_ROWS |= {
+    ("trl-lib/tldr-preference", split): {"prompt": TLDR, "chosen": " Short.", "rejected": " Long."}
+    for split in ("train", "validation")
+}
+HUB_ROWS |= {
+    ("HuggingFaceH4/ultrafeedback_binarized", f"{part}_{kind}"): ULTRAFEEDBACK
+    for part in ("train", "test")
+    for kind in ("sft", "prefs")
+}
+READERS = {
+    "sft": {"dataset": read_demonstrations, "eval_dataset": read_demonstrations},
+    "reward": {"dataset": read_rankings, "eval_dataset": read_rankings, "normalise_on": read_demonstrations},
+    "ppo": {"prompts": read_prompts},
+}
+BLOCKS = [
+    (stage, name, block)
+    for stage, readers in READERS.items()
+    for name in ("hh", "tldr", "ultrafeedback")
+    for block in readers
+]
+
+
+def read_block(tmp_path: Path, stage: str, name: str, block: str) -> list[Any]:
+    """The block's data set read by its stage's reader, from a local file with the hub's columns."""
+    cfg: DatasetConfig = getattr(load(CONFIGS / stage / f"{name}.yaml"), block)
+    row = HUB_ROWS[cfg.path, cfg.split]  # a KeyError: the hub has no such data set or split
+    path = write(tmp_path / "rows.jsonl", json.dumps(row) + "\n")
+    return READERS[stage][block](cfg.model_copy(update={"path": str(path)}))
+
+
+@pytest.mark.parametrize(("stage", "name", "block"), BLOCKS, ids=["/".join(block) for block in BLOCKS])
+def test_a_hub_configuration_reads_rows_of_the_hub_s_columns(tmp_path: Path, stage: str, name: str, block: str) -> None:
+    (record,) = read_block(tmp_path, stage, name, block)
+    assert record.prompt == (TLDR if name == "tldr" else [USER])
+    good, poor = (" Short.", " Long.") if name == "tldr" else (GOOD["content"], POOR["content"])
+    if hasattr(record, "responses"):
+        assert record.responses == [good, poor]
+    if hasattr(record, "completion"):
+        assert record.completion == good
+
+
+def test_hh_local_reads_its_files_where_they_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load(CONFIGS / "reward" / "hh_local.yaml")
+    monkeypatch.chdir(CONFIGS.parent)
+    if not Path(cfg.dataset.path).is_file():
+        pytest.skip(f"{cfg.dataset.path} is not there")
+    assert (len(read_rankings(cfg.dataset)), len(read_rankings(cfg.eval_dataset))) == (1605, 355)
+
+
+def test_the_yaml_loader_constructs_no_objects(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "a: !!python/object/apply:os.getcwd []\n")
+    assert "not valid YAML" in refused(path, "reward")
+    with pytest.raises(yaml.YAMLError):
+        yaml.load(path.read_text(), config._Loader)
