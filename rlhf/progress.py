@@ -112,7 +112,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._enabled and self._console.is_interactive:
-            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=_REFRESH_PER_S)
+            rate = _REFRESH_PER_S
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=rate)
             self._live.start()
         return self
 

@@ -229,7 +229,8 @@ class _WandbRun:
     """One W&B run whose every failure is said once and then ends it."""
 
     def __init__(self, wandb: ModuleType, run: Any, say: Callable[[str], None], data_dir_set: bool) -> None:
-        self._wandb, self._run, self._say = wandb, run, say
+        self._wandb, self._say = wandb, say
+        self._run: Any = run  # None once it failed or finished
         self._data_dir_set = data_dir_set
 
     @classmethod
@@ -331,7 +332,7 @@ def _modes_to_try(wandb: ModuleType, wished: str) -> list[tuple[str, str]]:
 
 def _logged_in(wandb: ModuleType) -> bool:
     """Whether W&B's settings or the netrc file hold a credential for its server. Uses no network."""
-    settings = wandb.setup(wandb.Settings(silent=True, quiet=True)).settings
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
     if os.environ.get("WANDB_API_KEY") or settings.api_key or getattr(settings, "identity_token_file", None):
         return True
     named = os.environ.get("NETRC")
@@ -362,7 +363,6 @@ def _init(
 ) -> Any:
     wished = {
         "silent": True,
-        "quiet": True,
         "console": "off",
         "init_timeout": INIT_TIMEOUT_S,
         "finish_timeout": FINISH_TIMEOUT_S,  # a dead network must not hold up the end of a run

@@ -45,7 +45,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def duplicate_share(texts: Sequence[str]) -> float:
-    """Share of texts that repeat an earlier one: `1 - unique / all`, in [0, 1). Case and spacing do not count.
+    """Share of texts that repeat an earlier one: `1 - unique / all`, in [0, 1). Case and spacing are equal.
 
     Given the answers to one prompt it measures collapse on that prompt; given a corpus, stock answers.
     Without texts it is 0.

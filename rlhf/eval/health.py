@@ -1,7 +1,7 @@
 """Health of a run in words: what was measured, the likely cause when it is out of range, and the next step.
 
 Each check is a small function that returns a `Note`, or None when its numbers were not recorded. The
-thresholds are rules of thumb for language models of any size; a warning asks for a look, it is no proof of a fault.
+thresholds are rules of thumb for language models of any size; a warning asks for a look, it proves no fault.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _gold_agrees(run: RunFiles) -> Note | None:
         measured=f"Against {display_name(run.baseline)}, the reward score changed by {number(reward)} "
         f"and the gold score by {number(gold)}.",
         cause="Reward hacking: the policy found answers that only the reward model likes.",
-        next_step="Lower `kl.target` or stop earlier; label this policy's answers and train the reward model again.",
+        next_step="Lower `kl.target` or stop earlier; label this policy's answers for the reward model.",
     )
 
 
@@ -102,7 +102,7 @@ def _eos(run: RunFiles) -> Note | None:
         ok=value >= MIN_EOS_SHARE,
         title="Answers end by themselves",
         alarm="Many answers are cut off",
-        measured=f"{value:.0%} of the {display_name(run.candidate)} answers end with EOS; the others are cut off.",
+        measured=f"{value:.0%} of the {display_name(run.candidate)} answers end with EOS; others are cut.",
         cause="The answer limit is too short for the task, or nothing in the reward asks for an end.",
         next_step="Raise `sampling.max_new_tokens`, or let cut answers cost more (`missing_eos.value`).",
     )

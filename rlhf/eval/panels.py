@@ -36,7 +36,7 @@ class Metric:
 
 METRICS = (
     Metric("grade", "Reading grade", "US school years", "down", digits=1),
-    Metric("gold_score", "Gold score", "unit of the scorer", "up"),
+    Metric("gold_score", "Gold score", "unit of the scorer", "up", digits=1),
     Metric("reward_score", "Reward score", "unit of the reward model", "up"),
     Metric("kl", "KL to the reference", "nats per answer", digits=1),
     Metric("length_mean", "Answer length", "tokens", digits=1),
@@ -164,7 +164,7 @@ CHARTS = (
     Chart(
         "reward",
         "Reward model accuracy",
-        "held-out pairs",
+        "held out",
         (("eval/accuracy", "accuracy"),),
         "Rises above one half; noisy labels put a ceiling under 1.",
         Reference(0.5, "coin"),

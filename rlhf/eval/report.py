@@ -54,7 +54,7 @@ def summarise(run: RunFiles, *, seed: int) -> dict[str, Any]:
     """Headline numbers of a run; missing ones are None, none is NaN.
 
     Times are in seconds, memory in 1e9 bytes, KL in nats per answer, shares in [0, 1]. `wall_s` is the sum
-    over stages, `peak_rss_gb` the largest of them. `labels` is "simulated" or "people"; None without a label stage.
+    over stages, `peak_rss_gb` the largest of them. `labels` is "simulated" or "people"; None without labels.
 
     Raises:
         DataError: a policy has the name of a headline key, or its metrics are no object.
@@ -194,8 +194,9 @@ def _metric_rows(run: RunFiles) -> list[dict[str, Any]]:
         known = [v for m in run.policies.values() if (v := finite(m.get(metric.key))) is not None]
         if not known:
             continue
-        differ = metric.better and len(set(known)) > 1
-        best = {"up": max, "down": min}[metric.better](known) if differ else None
+        best = None
+        if metric.better and len(set(known)) > 1:
+            best = max(known) if metric.better == "up" else min(known)
         cells = [_cell(metric, run.policies[name], best) for name in run.policies]
         rows.append({"metric": metric, "cells": cells})
     return rows

@@ -96,8 +96,10 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     z2 = _Z95**2
     centre = p + z2 / (2 * n)
     spread = _Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    # The bounds at p = 0 and p = 1 are exactly 0 and 1; rounding must not push them outside.
-    return max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n))
+    # At p = 0 and p = 1 one bound is exactly p; in floating point it would miss by an ulp.
+    low = 0.0 if p == 0 else (centre - spread) / (1 + z2 / n)
+    high = 1.0 if p == 1 else (centre + spread) / (1 + z2 / n)
+    return low, high
 
 
 def mean_interval(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Interval:

@@ -39,7 +39,8 @@ FILES = ("policy.safetensors", "optimizer.safetensors", "state.json", MANIFEST)
 
 def save(store: Checkpoints, step: int) -> None:
     policy = {"w": torch.arange(12.0).reshape(3, 4) + step, "b": torch.ones(3)}
-    store.save(step, {"policy": policy, "optimizer": {"m": torch.full((5,), float(step))}}, {"kl": 0.1 * step}, META)
+    moments = {"m": torch.full((5,), float(step))}
+    store.save(step, {"policy": policy, "optimizer": moments}, {"kl": 0.1 * step}, META)
 
 
 def store_with(path: Path, *steps: int) -> tuple[Checkpoints, list[str]]:
@@ -72,7 +73,8 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> No
         "none": torch.empty(0, dtype=dtype),
     }
     if dtype.is_floating_point:
-        given["special"] = torch.tensor([float("nan"), float("-inf"), -0.0, torch.finfo(dtype).tiny / 2], dtype=dtype)
+        special = [float("nan"), float("-inf"), -0.0, torch.finfo(dtype).tiny / 2]
+        given["special"] = torch.tensor(special, dtype=dtype)
     write_tensors(tmp_path / "x.safetensors", given)
     back = read_tensors(tmp_path / "x.safetensors")
     assert back.keys() == given.keys()
@@ -143,7 +145,8 @@ def test_a_resumed_optimizer_and_its_random_numbers_go_on_bit_for_bit(tmp_path: 
     latest = Checkpoints(tmp_path).latest()
     assert latest is not None
     resumed.load_state_dict(latest.tensors("policy"))
-    resumed_optimizer.load_state_dict(unflatten_optimizer(latest.tensors("optimizer"), latest.state["optimizer"]))
+    optimizer_state = unflatten_optimizer(latest.tensors("optimizer"), latest.state["optimizer"])
+    resumed_optimizer.load_state_dict(optimizer_state)
     restore_rng(latest.tensors("rng"), latest.state["rng"])
     train(resumed, resumed_optimizer, 4)
     assert all(identical(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
@@ -210,6 +213,8 @@ def test_truncated_and_missing_files_are_seen(tmp_path: Path, name: str, damage:
         path.write_bytes({"truncated": data[:-1], "empty": b"", "longer": data + b" "}[damage])
     assert store.latest().step == 1  # type: ignore[union-attr]
     assert name in said[0]
+    if name != MANIFEST and damage != "missing":
+        assert f"bytes, not the {len(data)} of its manifest" in said[0]
 
 
 def test_when_none_verifies_it_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
@@ -392,15 +397,18 @@ def test_a_writer_killed_anywhere_leaves_a_verified_checkpoint(tmp_path: Path) -
     assert done.stdout.startswith("points")
 
 
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_atomic_write_leaves_the_old_file_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     path = tmp_path / "state.json"
     atomic_write(path, "grün")
     assert path.read_bytes() == "grün".encode()
 
-    def fail(descriptor: int) -> None:
+    def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, broken, fail)
     with pytest.raises(OSError, match="No space"):
         atomic_write(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]

@@ -85,8 +85,10 @@ def test_an_unknown_total_has_no_eta() -> None:
     with Progress("data", console=console, clock=clock) as progress:
         progress.phase("read", total=None, unit="rows")
         clock.now += 10
-        progress.advance(20)
-    assert out.getvalue().splitlines()[0] == "data read  20 rows  0:10  2 rows/s"
+        progress.advance(10, bad=3, file="a.jsonl")
+        progress.advance(10, file="b.jsonl")
+    assert out.getvalue().splitlines()[0] == "data read  10 rows  0:10  1 rows/s  bad 3  file a.jsonl"
+    assert out.getvalue().splitlines()[-1].endswith("bad 3  file b.jsonl"), "fields stay until they change"
 
 
 def test_say_is_one_line_and_not_markup() -> None:

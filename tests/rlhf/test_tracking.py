@@ -46,7 +46,8 @@ def curve(n: int) -> list[dict[str, float]]:
 
 def wandb_history(run_dir: Path) -> list[dict[str, Any]]:
     """The history rows of the newest offline run, read back from its file by W&B's own reader."""
-    newest = max((run_dir / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    files = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    newest = max(files, key=lambda path: path.stat().st_mtime_ns)
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(newest)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     if "No such command" in done.stderr:
@@ -126,7 +127,8 @@ def test_a_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
 
 
 def test_a_whole_line_without_its_end_counts_as_torn(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kl": 12.0}\n{"step": 2, "kl": 12}')  # was to be 12.5
+    torn = '{"step": 2, "kl": 12}'  # was to end in .5
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kl": 12.0}\n' + torn)
     with opened(tmp_path, resume_step=2)[0] as tracker:
         tracker.log(3, {"kl": 1.0})
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 3]
@@ -205,12 +207,18 @@ def compare(run_dir: Path, expected: int) -> None:
     ("online", "off", "W&B is off"),
 ])  # fmt: skip
 def test_the_environment_wins_over_all_but_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, setting: Any, word: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    mode: str,
+    setting: Any,
+    word: str,
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
     tracker, said = opened(tmp_path, TrackingConfig(wandb=setting))
     tracker.close()
     assert word in said[0]
+    assert capfd.readouterr() == ("", ""), "W&B is silent"
 
 
 class FakeRun:
@@ -274,7 +282,7 @@ def test_a_failing_wandb_is_said_once_and_json_goes_on(
     assert "WANDB_DATA_DIR" not in os.environ
 
 
-def test_without_network_an_online_run_becomes_an_offline_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_online_becomes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, calls = fake_wandb(monkeypatch, key="k", broken="init online")
     tracker, said = opened(tmp_path, AUTO)
     tracker.log(0, {"reward": 1.0})
@@ -296,7 +304,7 @@ def test_online_only_when_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not hasattr(calls[0]["settings"], "finish_timeout"), "settings that a version lacks are left out"
 
 
-def test_an_online_resume_logs_only_what_the_server_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_online_resume_logs_what_the_server_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, calls = fake_wandb(monkeypatch, key="k")
     with opened(tmp_path, AUTO)[0] as tracker:
         for step in range(6):
@@ -305,7 +313,8 @@ def test_an_online_resume_logs_only_what_the_server_lacks(tmp_path: Path, monkey
     opened(tmp_path, AUTO, resume_step=4)
     assert run.rows == [{"step": 3, "kl": 3.0}, {"step": 4, "kl": 4.0}]
     assert [call["resume"] for call in calls] == [None, "allow"]
-    assert calls[0]["id"] == calls[1]["id"] != ""
+    opened(tmp_path, AUTO)
+    assert calls[0]["id"] == calls[1]["id"] != calls[2]["id"], "kept over a resume, new on a fresh start"
 
 
 def crash(tracker: Tracker) -> None:
