@@ -51,7 +51,7 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
     ):
         train, heldout = load_items(cfg, tokenizer, progress)
         scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
-        scalar.mean.zero_(), scalar.std.fill_(1.0)  # a further-trained reward model is normalised anew
+        scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
         handle = apply_tuning(scalar.classifier, cfg.tuning, head=scalar.classifier.score)
         fit(scalar, train, heldout, cfg, runtime, progress, tracker)
         scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
@@ -219,8 +219,7 @@ def normalise(
     zero_scores = torch.tensor(scorer.score_tokens([row[-cfg.max_length :] for row in zero], progress.advance))
     response_scores = torch.tensor(scorer.score_tokens(responses, progress.advance))
     mean, std = float(zero_scores.mean()), max(float(response_scores.std(correction=0)), 1e-6)
-    scalar.mean.fill_(mean)
-    scalar.std.fill_(std)
+    scalar.set_normalisation(mean, std)
     return {"mean": mean, "std": std, "zero_is": cfg.normalise_on.path if cfg.normalise_on else "training responses"}
 
 

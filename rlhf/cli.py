@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="RLHF from a base model to an aligned one: sft, sample, label, reward, ppo, evaluate, report; or all: pipeline.",
+    help="RLHF: sft, sample, label, reward, ppo, evaluate, report; or all of them: pipeline.",
 )
 
 MODULES = {

@@ -35,6 +35,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# `off` is a word here (tracking.wandb=off), as in YAML 1.2: only true and false are booleans.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$"),
@@ -97,7 +105,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: with file and line when it is not YAML, or not a mapping.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason})", fix="save it as UTF-8") from None
     except yaml.YAMLError as error:
@@ -115,7 +123,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form a.b=c", fix="write for example ppo.steps=5")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML", fix="quote it") from None
     *parents, last = key.split(".")
@@ -126,7 +134,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
             child = node[part] = {}
         if not isinstance(child, dict):
             above = ".".join(parents[: i + 1])
-            raise ConfigError(f"override {override!r}: {above} is a single value", fix="name one of its keys, or itself")
+            raise ConfigError(
+                f"override {override!r}: {above} is a single value", fix="name one of its keys, or itself"
+            )
         node = child
     node[last] = value
 

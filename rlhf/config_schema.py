@@ -24,11 +24,15 @@ class DatasetConfig(Strict):
 
     path: str
     split: str = "train"
-    subset: str | None = Field(None, description="the hub's configuration name")
-    format: Literal["auto", "prompt", "prompt_completion", "messages", "preference", "hh", "ranking", "rollouts"] = "auto"
-    limit: Positive | None = Field(None, description="use the first rows only")
-    chat: bool = Field(True, description="wrap plain-text prompts as a user turn when the tokenizer has a chat template")
-    max_bad_fraction: Probability = Field(0.0, description="malformed rows tolerated, quarantined and counted")
+    subset: str | None = Field(default=None, description="the hub's configuration name")
+    format: Literal["auto", "prompt", "prompt_completion", "messages", "preference", "hh", "ranking", "rollouts"] = (
+        "auto"
+    )
+    limit: Positive | None = Field(default=None, description="use the first rows only")
+    chat: bool = Field(
+        True, description="wrap plain-text prompts as a user turn when the tokenizer has a chat template"
+    )
+    max_bad_fraction: Probability = Field(default=0.0, description="malformed rows tolerated, quarantined and counted")
 
 
 class TuningConfig(Strict):
@@ -46,7 +50,7 @@ class SamplingConfig(Strict):
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 64
-    batch_size: Positive = Field(32, description="rows decoded together")
+    batch_size: Positive = Field(default=32, description="rows decoded together")
 
 
 class TrackingConfig(Strict):
@@ -87,7 +91,7 @@ class SFTStage(StageConfig):
     eval_dataset: DatasetConfig | None = None
     tuning: TuningConfig = TuningConfig()
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    batch_size: Positive = Field(8, description="rows per optimizer step and process")
+    batch_size: Positive = Field(default=8, description="rows per optimizer step and process")
     micro_batch_size: Positive = 8
     lr: Annotated[float, Field(gt=0)] = 2e-5
     max_length: Positive = 1024
@@ -110,7 +114,7 @@ class SampleStage(StageConfig):
 
     model: str
     prompts: DatasetConfig
-    completions_per_prompt: Positive = Field(4, description="K")
+    completions_per_prompt: Positive = Field(default=4, description="K")
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_tokens: Positive = 512
     overlong: Literal["error", "skip"] = "error"
@@ -120,9 +124,9 @@ class AnnotatorConfig(Strict):
     """One simulated annotator: P(left) = sigmoid((gold_left - gold_right) / noise + left_bias), else a coin."""
 
     name: str
-    noise: Annotated[float, Field(gt=0)] = Field(1.0, description="in units of the gold score; small is precise")
+    noise: Annotated[float, Field(gt=0)] = Field(default=1.0, description="in units of the gold score")
     left_bias: float = 0.0
-    careless: Probability = Field(0.0, description="share of judgments given by a coin flip")
+    careless: Probability = Field(default=0.0, description="share of judgments given by a coin flip")
 
 
 class LabelStage(StageConfig):
@@ -133,7 +137,7 @@ class LabelStage(StageConfig):
     scorer: Literal["readability"] = "readability"
     annotators: Annotated[list[AnnotatorConfig], Field(min_length=1)]
     aggregate: Literal["majority", "dawid_skene"] = "dawid_skene"
-    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="prompts kept for testing")
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.15, description="prompts kept for testing")
 
 
 class RewardStage(StageConfig):
@@ -142,17 +146,17 @@ class RewardStage(StageConfig):
     model: str
     dataset: DatasetConfig
     eval_dataset: DatasetConfig | None = None
-    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="by prompt, without eval_dataset")
-    normalise_on: DatasetConfig | None = Field(None, description="demonstrations whose mean score becomes 0")
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="by prompt")
+    normalise_on: DatasetConfig | None = Field(default=None, description="demonstrations whose mean score becomes 0")
     loss: Literal["bradley_terry", "all_pairs", "plackett_luce"] = "bradley_terry"
     centering: Annotated[float, Field(ge=0)] = 0.0
     tuning: TuningConfig = TuningConfig()
     optim: OptimConfig = OptimConfig(lr=1e-5)
     epochs: Positive = 1
-    batch_size: Positive = Field(16, description="pairs or rankings per optimizer step and process")
+    batch_size: Positive = Field(default=16, description="pairs or rankings per optimizer step and process")
     micro_batch_size: Positive = 8
     max_length: Positive = 1024
-    truncation: Literal["keep_end", "error"] = Field("keep_end", description="over-long rows lose their oldest tokens")
+    truncation: Literal["keep_end", "error"] = Field(default="keep_end", description="drop the oldest tokens")
 
 
 class KLConfig(Strict):
@@ -160,8 +164,8 @@ class KLConfig(Strict):
 
     kind: Literal["fixed", "adaptive"] = "adaptive"
     coef: Annotated[float, Field(ge=0)] = 0.05
-    target: Annotated[float, Field(gt=0)] = Field(6.0, description="nats per sequence")
-    horizon: Positive = Field(10_000, description="episodes")
+    target: Annotated[float, Field(gt=0)] = Field(default=6.0, description="nats per sequence")
+    horizon: Positive = Field(default=10_000, description="episodes")
     place: Literal["reward", "loss"] = "reward"
     estimator: Literal["k1", "k2", "k3"] = "k1"
 
@@ -185,24 +189,24 @@ class PPOStage(StageConfig):
     """PPO with KL control against the frozen reference."""
 
     model: str = Field(description="the policy to start from")
-    reference: str | None = Field(None, description="frozen reference; default: `model`")
-    reward_model: str | None = Field(None, description="folder or hub id of a sequence classifier with one label")
-    scorer: Literal["readability"] | None = Field(None, description="a programmatic reward instead of a model")
+    reference: str | None = Field(default=None, description="frozen reference; default: `model`")
+    reward_model: str | None = Field(default=None, description="a sequence classifier with one label")
+    scorer: Literal["readability"] | None = Field(default=None, description="a programmatic reward instead of a model")
     prompts: DatasetConfig
     tuning: TuningConfig = TuningConfig()
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_tokens: Positive = 512
     overlong: Literal["error", "skip"] = "error"
 
-    steps: Positive = Field(20, description="rollout-and-update rounds")
-    batch_size: Positive = Field(32, description="rollouts per step and process")
+    steps: Positive = Field(default=20, description="rollout-and-update rounds")
+    batch_size: Positive = Field(default=32, description="rollouts per step and process")
     epochs: Positive = 2
-    minibatches: Positive = Field(1, description="optimizer steps per epoch")
-    micro_batch_size: Positive = Field(8, description="rows per forward and backward")
+    minibatches: Positive = Field(default=1, description="optimizer steps per epoch")
+    micro_batch_size: Positive = Field(default=8, description="rows per forward and backward")
     optim: OptimConfig = OptimConfig(lr=1e-6)
-    critic_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="default: optim.lr")
+    critic_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: optim.lr")
     critic_init: Literal["reward_model", "policy"] = "reward_model"
-    critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="first steps that train only the critic")
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="train only the critic first")
     gradient_checkpointing: bool = False
 
     kl: KLConfig = KLConfig()
@@ -217,15 +221,15 @@ class PPOStage(StageConfig):
     score_clip: Annotated[float, Field(gt=0)] | None = None
     whiten_rewards: bool = False
     whiten_advantages: bool = True
-    bootstrap_truncated: bool = Field(False, description="a truncated answer's next value: V, not 0")
-    target_kl: Annotated[float, Field(gt=0)] | None = Field(None, description="stop the epochs above this approx_kl")
-    ptx: DatasetConfig | None = Field(None, description="pretraining text mixed into the loss (PPO-ptx)")
+    bootstrap_truncated: bool = Field(default=False, description="a truncated answer's next value: V, not 0")
+    target_kl: Annotated[float, Field(gt=0)] | None = Field(default=None, description="ends the epochs early")
+    ptx: DatasetConfig | None = Field(default=None, description="pretraining text mixed into the loss (PPO-ptx)")
     ptx_coef: Annotated[float, Field(ge=0)] = 0.0
 
-    save_every: Annotated[int, Field(ge=0)] = Field(10, description="steps between checkpoints; 0: only the end")
+    save_every: Annotated[int, Field(ge=0)] = Field(default=10, description="in steps; 0: only the end")
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    samples_per_step: Annotated[int, Field(ge=0)] = Field(4, description="rollouts written to samples.jsonl")
-    archive_rollouts: bool = Field(False, description="keep every step's rollouts as Parquet")
+    samples_per_step: Annotated[int, Field(ge=0)] = Field(default=4, description="rollouts written to samples.jsonl")
+    archive_rollouts: bool = Field(default=False, description="keep every step's rollouts as Parquet")
 
     @model_validator(mode="after")
     def _consistent(self) -> PPOStage:
@@ -238,7 +242,9 @@ class PPOStage(StageConfig):
         if (self.ptx is None) != (self.ptx_coef == 0):
             raise ValueError("ptx and ptx_coef go together; set both or neither")
         if self.tuning.dropout:
-            raise ValueError("tuning.dropout must be 0 in PPO: dropout makes the first ratio differ from 1; set it to 0")
+            raise ValueError(
+                "tuning.dropout must be 0 in PPO: dropout makes the first ratio differ from 1; set it to 0"
+            )
         return self
 
 
@@ -248,8 +254,8 @@ class EvaluateStage(StageConfig):
     policies: dict[str, str] = Field(description="name -> model; e.g. base, sft, ppo")
     reference: str = Field(description="KL is measured against this model")
     base: str = Field(description="perplexity of the answers is measured under this model")
-    candidate: str = Field("ppo", description="policy whose win rate is reported")
-    baseline: str = Field("sft", description="against this policy")
+    candidate: str = Field(default="ppo", description="policy whose win rate is reported")
+    baseline: str = Field(default="sft", description="against this policy")
     reward_model: str | None = None
     scorer: Literal["readability"] = "readability"
     prompts: DatasetConfig
@@ -287,7 +293,9 @@ class PipelineStage(Strict):
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     tracking: TrackingConfig = TrackingConfig()
-    launcher: str = Field("", description='e.g. "accelerate launch --config_file launch/zero2.yaml"; empty: plain python')
+    launcher: str = Field(
+        "", description='e.g. "accelerate launch --config_file launch/zero2.yaml"; empty: plain python'
+    )
     sft: dict[str, Any]
     sample: dict[str, Any]
     label: dict[str, Any]

@@ -44,13 +44,15 @@ class Runtime:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         # accelerate with DeepSpeed on CPU believes that every rank is alone unless the backend is named.
         name_backend = launched > 1 and not torch.cuda.is_available()
-        handlers = [InitProcessGroupKwargs(backend="gloo")] if name_backend else []
+        handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if name_backend else []
         accelerator = Accelerator(kwargs_handlers=handlers)
         if accelerator.num_processes != launched:
             raise InvariantError(
                 f"the launcher started {launched} processes, accelerate sees {accelerator.num_processes}",
                 fix="start with `accelerate launch --config_file launch/<file>.yaml -m rlhf ...`",
             )
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         runtime = cls(accelerator, precision)
         random.seed(seed + runtime.rank)
         torch.manual_seed(seed + runtime.rank)
@@ -97,7 +99,7 @@ class Runtime:
         """
         norm = self._accelerator.clip_grad_norm_(module.parameters(), max_grad_norm)
         norm = float(norm) if norm is not None else float("nan")
-        if self.uses_deepspeed or norm == norm and norm != float("inf"):
+        if self.uses_deepspeed or (norm == norm and norm != float("inf")):
             optimizer.step()
         optimizer.zero_grad()
         return norm
@@ -138,3 +140,18 @@ class Runtime:
         """
         total = self.sum(torch.tensor([float(action_tokens)], dtype=torch.float64))
         return max(1.0, float(total)) / self.world_size
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large freed blocks instead of handing them back to the kernel.
+
+    On a CPU every activation and gradient is a fresh `mmap` by default, and the kernel clears each page anew:
+    forward and backward of a 135M model on 2 cores take 1.3 times as long. Does nothing on other C libraries.
+    """
+    import ctypes
+
+    m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)

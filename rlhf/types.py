@@ -66,6 +66,11 @@ class Rollout:
         return [token for token, action in zip(self.tokens, self.action_mask, strict=True) if action]
 
 
+def _unfilled() -> Tensor:
+    """What stands for a tensor that a later step fills in."""
+    return torch.empty(0)
+
+
 @dataclass
 class RolloutBatch:
     """Padded tensors of `B` rollouts on one time axis; what PPO works on. Filled in stage by stage."""
@@ -76,32 +81,31 @@ class RolloutBatch:
     scores_B: Tensor
     truncated_B: Tensor
     sampler_logprobs_BT: Tensor
-    logprobs_BT: Tensor | None = None
-    ref_logprobs_BT: Tensor | None = None
-    entropy_BT: Tensor | None = None
-    values_BT: Tensor | None = None
-    rewards_BT: Tensor | None = None
-    advantages_BT: Tensor | None = None
-    returns_BT: Tensor | None = None
+    logprobs_BT: Tensor = field(default_factory=_unfilled)
+    ref_logprobs_BT: Tensor = field(default_factory=_unfilled)
+    entropy_BT: Tensor = field(default_factory=_unfilled)
+    values_BT: Tensor = field(default_factory=_unfilled)
+    rewards_BT: Tensor = field(default_factory=_unfilled)
+    advantages_BT: Tensor = field(default_factory=_unfilled)
+    returns_BT: Tensor = field(default_factory=_unfilled)
 
     def __len__(self) -> int:
         return self.tokens_BT.shape[0]
 
     def select(self, rows: Tensor) -> RolloutBatch:
-        """The given rows, cut to the longest of them."""
+        """The given rows, cut to the longest of them; what is not filled in yet stays so."""
         longest = int(self.attention_mask_BT[rows].sum(1).max())
-        picked: dict[str, Tensor | None] = {}
+        picked = {}
         for f in fields(self):
-            value = getattr(self, f.name)
-            if value is not None:
+            value: Tensor = getattr(self, f.name)
+            if value.numel():
                 value = value[rows][:, :longest] if value.dim() == 2 else value[rows]
             picked[f.name] = value
-        return RolloutBatch(**picked)  # type: ignore[arg-type]
+        return RolloutBatch(**picked)
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """A copy whose tensors live on `device`."""
-        moved = {f.name: v if (v := getattr(self, f.name)) is None else v.to(device) for f in fields(self)}
-        return RolloutBatch(**moved)
+        return RolloutBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 @dataclass
@@ -121,7 +125,7 @@ class Ranking:
     """`K` responses to one prompt. `ranks[i]` is the rank of `responses[i]`, 1 the best, ties allowed.
 
     `wins[i][j]`, when known, is the aggregated probability that response i beats response j (diagonal 0.5).
-    `tokens` and `prompt_lengths`, when the responses come from the rollout buffer, hold prompt + response as sampled.
+    `tokens`, when the responses come from the rollout buffer, hold prompt + response as sampled.
     """
 
     prompt: Prompt

@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rlhf.functional.masked import at_least_float32, check_mask
 
@@ -108,14 +107,87 @@ def chunked_logprobs_and_entropy(
         shapes = f"hidden_NH {tuple(hidden_NH.shape)}, targets_N {tuple(targets_N.shape)}"
         raise ValueError(f"hidden states and targets disagree on N: {shapes}")
 
-    def head(hidden_CH: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        logits_CV = F.linear(hidden_CH, weight_VH, bias_V)
-        return logprobs_and_entropy(logits_CV, targets_C, temperature=temperature)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, not {temperature}")
+    logprobs_N, entropy_N = _Head.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk_size)
+    return logprobs_N, entropy_N
 
-    chunks = [
-        # No dropout in here, so there is no random state to restore.
-        checkpoint(head, hidden_CH, targets_C, use_reentrant=False, preserve_rng_state=False)
-        for hidden_CH, targets_C in zip(hidden_NH.split(chunk_size), targets_N.split(chunk_size), strict=True)
-    ]
-    logprobs, entropies = zip(*chunks, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+
+class _Head(torch.autograd.Function):
+    """The head's logprobs and entropies with a backward by hand: a third of autograd's passes over [C, V].
+
+    With p = softmax(z), z = logits / temperature, and incoming gradients g of the logprob and h of the entropy:
+
+        d z_v = g (1[v = target] - p_v) - h p_v (log p_v + entropy)
+
+    The logits are computed again in the backward; an entropy that nobody differentiates costs nothing there.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk_size):  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        device = hidden_NH.device.type
+        # autograd switches autocast off in the backward: both sides use the dtype that is in force now.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
+        weight = weight_VH.to(dtype)
+        logprobs, entropies, logsumexps = [], [], []
+        for hidden_CH, targets_C in zip(hidden_NH.split(chunk_size), targets_N.split(chunk_size), strict=True):
+            z_CV = _scaled_logits(hidden_CH.to(dtype), weight, bias_V, temperature)
+            logsumexp_C = z_CV.logsumexp(dim=-1)
+            logprobs.append(z_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1) - logsumexp_C)
+            # 0 * -inf is NaN; the most negative finite number gives the 0 that is meant.
+            finite_CV = z_CV.sub_(logsumexp_C.unsqueeze(-1)).clamp_(min=torch.finfo(z_CV.dtype).min)
+            entropies.append(-torch.einsum("cv,cv->c", finite_CV.exp(), finite_CV))
+            logsumexps.append(logsumexp_C)
+        logprobs_N, entropy_N, logsumexp_N = (torch.cat(parts) for parts in (logprobs, entropies, logsumexps))
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N)
+        ctx.settings = (temperature, chunk_size, dtype)
+        return logprobs_N, entropy_N
+
+    @staticmethod
+    def backward(ctx, logprob_grad_N, entropy_grad_N):  # type: ignore[override]
+        hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N = ctx.saved_tensors
+        temperature, chunk_size, dtype = ctx.settings
+        weight = weight_VH.to(dtype)
+        needs_weight = ctx.needs_input_grad[1]
+        hidden_grad_NH = torch.empty_like(hidden_NH)
+        weight_grad_VH = torch.zeros_like(weight_VH) if needs_weight else None
+        bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V)
+        for start in range(0, len(targets_N), chunk_size):
+            part = slice(start, start + chunk_size)
+            hidden_CH = hidden_NH[part].to(dtype)
+            z_CV = _scaled_logits(hidden_CH, weight, bias_V, temperature)
+            logp_CV = z_CV.sub_(logsumexp_N[part].unsqueeze(-1)).clamp_(min=torch.finfo(z_CV.dtype).min)
+            entropy = None if entropy_grad_N is None else (entropy_grad_N[part], entropy_N[part])
+            logprob_grad_C = None if logprob_grad_N is None else logprob_grad_N[part]
+            grad_CV = _logit_grad(logp_CV, targets_N[part], logprob_grad_C, entropy).div_(temperature)
+            if bias_grad_V is not None:
+                bias_grad_V += grad_CV.sum(0)
+            grad_CV = grad_CV.to(dtype)
+            hidden_grad_NH[part] = grad_CV @ weight
+            if weight_grad_VH is not None:
+                weight_grad_VH += grad_CV.t() @ hidden_CH
+        return hidden_grad_NH, weight_grad_VH, bias_grad_V, None, None, None
+
+
+def _scaled_logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    with torch.autocast(hidden_CH.device.type, enabled=False):
+        logits_CV = F.linear(hidden_CH, weight_VH, None if bias_V is None else bias_V.to(weight_VH.dtype))
+    scaled_CV = at_least_float32(logits_CV)
+    return scaled_CV if temperature == 1.0 else scaled_CV.div_(temperature)
+
+
+def _logit_grad(
+    logp_CV: Tensor, targets_C: Tensor, logprob_grad_C: Tensor | None, entropy: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Gradient of the scaled logits; `entropy` is (its gradient, its value), or None. Overwrites nothing given."""
+    probs_CV = logp_CV.exp()
+    grad_CV = None
+    if entropy is not None:
+        entropy_grad_C, entropy_C = entropy
+        grad_CV = (logp_CV + entropy_C.unsqueeze(-1)).mul_(probs_CV).mul_(-entropy_grad_C.unsqueeze(-1))
+    if logprob_grad_C is not None:
+        probs_CV.mul_(-logprob_grad_C.unsqueeze(-1))
+        probs_CV.scatter_add_(1, targets_C.unsqueeze(-1), logprob_grad_C.to(probs_CV.dtype).unsqueeze(-1))
+        grad_CV = probs_CV if grad_CV is None else grad_CV.add_(probs_CV)
+    return torch.zeros_like(probs_CV) if grad_CV is None else grad_CV

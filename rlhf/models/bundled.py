@@ -64,8 +64,8 @@ def _convert(gguf: Path, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     # The weights are plain float32 from here on; with these left in place save_pretrained refuses.
-    del model.config.quantization_config
-    model.hf_quantizer = None
+    delattr(model.config, "quantization_config")
+    model.__dict__["hf_quantizer"] = None
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))
     try:

@@ -15,10 +15,15 @@ def position_ids(attention_mask_BT: Tensor) -> Tensor:
 
 
 def hidden_states(backbone: nn.Module, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    """Last hidden state of every token; shape [B, T, H]."""
+    """Last hidden state of every real token; shape [B, T, H]; undefined on padding.
+
+    A causal model never looks to the right, so padding on the right needs no mask; without one the attention
+    kernel is several times faster on a CPU.
+    """
+    right_padded = not bool((attention_mask_BT[:, 1:] & ~attention_mask_BT[:, :-1]).any())
     output = backbone(
         input_ids=tokens_BT,
-        attention_mask=attention_mask_BT.long(),
+        attention_mask=None if right_padded else attention_mask_BT.long(),
         position_ids=position_ids(attention_mask_BT),
         use_cache=False,
     )

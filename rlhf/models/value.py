@@ -31,6 +31,11 @@ class ScalarModel(nn.Module):
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
+    def set_normalisation(self, mean: float, std: float) -> None:
+        """From now on scores are (raw - mean) / std."""
+        self.mean.fill_(mean)
+        self.std.fill_(std)
+
     def forward(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """Normalised score after reading `tokens_BT[b, :t + 1]`, float32, shape [B, T]."""
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from rlhf.types import StopReason
 
+_COMPACT_SHARE = 5
+"""Finished rows leave once they are a fifth of the batch: moving the cache costs more than a few idle rows."""
+
 
 @dataclass
 class Completion:
-    """Sampled tokens (a sampled EOS included), their log-probabilities and entropies in nats."""
+    """Sampled tokens (a sampled EOS included) and their log-probabilities in nats."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
     stop: StopReason = StopReason.LENGTH
 
 
@@ -51,13 +53,6 @@ def draw(probabilities_BV: Tensor, generator: torch.Generator) -> Tensor:
         else None
     )
     return index_B if last_B is None else torch.minimum(index_B, last_B)
-
-
-def step_distribution(logits_BV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, entropy) of the tempered distribution, float32: [B, V], [B]."""
-    logprobs_BV = torch.log_softmax(logits_BV.float() / temperature, dim=-1)
-    entropy_B = -(logprobs_BV.exp() * logprobs_BV).sum(-1)
-    return logprobs_BV, entropy_B
 
 
 @torch.no_grad()
@@ -129,19 +124,21 @@ def _generate_batch(
     """Fill `rows` (prompt-major) token by token until all have ended or the budget is spent."""
     logits_BV, cache, mask_BT = _prefill(lm, prompts, len(rows) // len(prompts))
     eos = torch.tensor(settings.eos_ids, device=lm.device)
+    done_B = torch.zeros(len(rows), dtype=torch.bool, device=lm.device)
     for step in range(settings.max_new_tokens):
-        logprobs_BV, entropy_B = step_distribution(logits_BV, settings.temperature)
+        logprobs_BV = torch.log_softmax(logits_BV.float() / settings.temperature, dim=-1)
         tokens_B = draw(logprobs_BV.exp(), generator)
-        finished_B = torch.isin(tokens_B, eos)
-        _record(rows, tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1), entropy_B, finished_B)
-        on_tokens(len(rows))
-        if bool(finished_B.all()) or step + 1 == settings.max_new_tokens:
+        finished_B = torch.isin(tokens_B, eos) & ~done_B
+        _record(rows, tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1), finished_B, done_B)
+        on_tokens(len(rows) - int(done_B.sum()))
+        if bool((finished_B | done_B).all()) or step + 1 == settings.max_new_tokens:
             return
-        if bool(finished_B.any()):
-            alive = (~finished_B).nonzero().squeeze(1)
+        done_B |= finished_B
+        if int(done_B.sum()) * _COMPACT_SHARE >= len(rows):
+            alive = (~done_B).nonzero().squeeze(1)
             rows = [rows[i] for i in alive.tolist()]
             cache.batch_select_indices(alive)
-            tokens_B, mask_BT = tokens_B[alive], mask_BT[alive]
+            tokens_B, mask_BT, done_B = tokens_B[alive], mask_BT[alive], done_B[alive]
         mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
         positions_B1 = mask_BT.sum(1, keepdim=True) - 1
         logits_BV = lm(
@@ -153,13 +150,13 @@ def _generate_batch(
         ).logits[:, -1]
 
 
-def _record(
-    rows: list[Completion], tokens_B: Tensor, logprobs_B: Tensor, entropy_B: Tensor, finished_B: Tensor
-) -> None:
-    columns = zip(tokens_B.tolist(), logprobs_B.tolist(), entropy_B.tolist(), finished_B.tolist(), strict=True)
-    for row, (token, logprob, entropy, finished) in zip(rows, columns, strict=True):
+def _record(rows: list[Completion], tokens_B: Tensor, logprobs_B: Tensor, finished_B: Tensor, done_B: Tensor) -> None:
+    """Append to every row that has not ended before this token."""
+    columns = zip(tokens_B.tolist(), logprobs_B.tolist(), finished_B.tolist(), done_B.tolist(), strict=True)
+    for row, (token, logprob, finished, done) in zip(rows, columns, strict=True):
+        if done:
+            continue
         row.tokens.append(token)
         row.logprobs.append(logprob)
-        row.entropies.append(entropy)
         if finished:
             row.stop = StopReason.EOS

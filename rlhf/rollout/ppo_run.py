@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ _FREE_TO_CHANGE = {"run_dir", "tracking", "save_every", "keep_checkpoints", "sam
 class PPORun:
     """Steps, progress, tracking and checkpoints of one run; made by `PPORun.open`."""
 
-    def __init__(self, cfg: PPOStage, runtime: Runtime, progress: Progress, tracker: Tracker) -> None:
+    def __init__(self, cfg: PPOStage, runtime: Runtime, progress: Progress, tracker: Tracker, saver: Saver) -> None:
         self.cfg = cfg
         self.progress = progress
-        self.first_step = 0
+        self.first_step = saver.first_step
         self._runtime = runtime
         self._tracker = tracker
+        self._saver = saver
         self._seconds: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
@@ -59,30 +60,19 @@ class PPORun:
             CheckpointError: the checkpoint belongs to another configuration.
         """
         with Progress(stage="ppo", enabled=runtime.is_main) as progress:
-            checkpoints = Checkpoints(cfg.run_dir, cfg.keep_checkpoints, say=progress.say, writer=runtime.is_main)
-            found = checkpoints.latest() if options.resume == "auto" else None
-            meta = {"config": learned_fingerprint(cfg)}
-            if found is not None:
-                _refuse_other_config(found.meta, meta, cfg)
-                load_trainable(module, found.tensors("trainable"))
-                optimizer.load_state_dict(unflatten_optimizer(found.tensors("optimizer"), found.state["optimizer"]))
-                kl_control.load_state_dict(found.state["kl_control"])
-                progress.say(f"resumed after step {found.step} of {cfg.steps}")
-            done = found.step if found is not None else 0
+            saver = Saver(cfg, runtime, module, optimizer, kl_control, say=progress.say)
+            if options.resume == "auto":
+                saver.restore()
             with Tracker.open(
                 cfg.run_dir,
                 cfg.tracking,
                 stage="ppo",
                 config=cfg.model_dump(mode="json"),
                 enabled=runtime.is_main,
-                resume_step=done,
+                resume_step=saver.first_step or None,
                 say=progress.say,
             ) as tracker:
-                run = cls(cfg, runtime, progress, tracker)
-                run.first_step = done
-                run._checkpoints, run._meta = checkpoints, meta
-                run._module, run._optimizer, run._kl_control = module, optimizer, kl_control
-                yield run
+                yield cls(cfg, runtime, progress, tracker, saver)
 
     def steps(self) -> Iterator[int]:
         """0-based steps that are still to be done."""
@@ -128,18 +118,8 @@ class PPORun:
 
     def save_if_due(self, step: int) -> None:
         """A checkpoint every `save_every` steps; the last step needs none, `finish` writes the models."""
-        due = self.cfg.save_every and (step + 1) % self.cfg.save_every == 0 and step + 1 < self.cfg.steps
-        if not due or self._runtime.uses_deepspeed:
-            return
-        if self._runtime.is_main:
-            tensors, plain = flatten_optimizer(self._optimizer.state_dict())
-            self._checkpoints.save(
-                step + 1,
-                {"trainable": trainable_tensors(self._module), "optimizer": tensors},
-                {"optimizer": plain, "kl_control": self._kl_control.state_dict()},
-                self._meta,
-            )
-        self._runtime.barrier()
+        if self.cfg.save_every and (step + 1) % self.cfg.save_every == 0 and step + 1 < self.cfg.steps:
+            self._saver.save(step + 1)
 
     def finish(self, roles: Roles) -> RunResult:
         """Write `final/` and `critic/`; the summary is the last step's metrics."""
@@ -152,6 +132,64 @@ class PPORun:
         return RunResult(
             self.cfg.run_dir, self._last, {"model": str(folder / "final"), "critic": str(folder / "critic")}
         )
+
+
+class Saver:
+    """Checkpoints of everything that changes during a run.
+
+    Prompts and draws are functions of (seed, step, rank), so trained parameters, optimizer and KL controller are
+    the whole state.
+    """
+
+    def __init__(
+        self,
+        cfg: PPOStage,
+        runtime: Runtime,
+        module: Any,
+        optimizer: Any,
+        kl_control: KLController,
+        *,
+        say: Callable[[str], None],
+    ) -> None:
+        self.first_step = 0
+        self._cfg, self._runtime, self._say = cfg, runtime, say
+        self._module, self._optimizer, self._kl_control = module, optimizer, kl_control
+        self._checkpoints = Checkpoints(cfg.run_dir, cfg.keep_checkpoints, say=say, writer=runtime.is_main)
+
+    def restore(self) -> None:
+        """Go on from the newest verified checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it belongs to another configuration, or all are damaged.
+        """
+        found = self._checkpoints.latest()
+        if found is None:
+            return
+        if found.meta.get("config") != learned_fingerprint(self._cfg):
+            raise CheckpointError(
+                f"the checkpoints in {self._cfg.run_dir} were made with another configuration",
+                fix="restore the configuration, use another run_dir, or start anew with --resume never",
+            )
+        load_trainable(self._module, found.tensors("trainable"))
+        self._optimizer.load_state_dict(unflatten_optimizer(found.tensors("optimizer"), found.state["optimizer"]))
+        self._kl_control.load_state_dict(found.state["kl_control"])
+        self.first_step = found.step
+        self._say(f"resumed after step {found.step} of {self._cfg.steps}")
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` steps; DeepSpeed's sharded optimizer is not saved yet, and that is said."""
+        if self._runtime.uses_deepspeed:
+            self._say("no checkpoint: saving a sharded optimizer is not supported yet (the final models are written)")
+            return
+        if self._runtime.is_main:
+            tensors, plain = flatten_optimizer(self._optimizer.state_dict())
+            self._checkpoints.save(
+                step,
+                {"trainable": trainable_tensors(self._module), "optimizer": tensors},
+                {"optimizer": plain, "kl_control": self._kl_control.state_dict()},
+                {"config": learned_fingerprint(self._cfg)},
+            )
+        self._runtime.barrier()
 
 
 def sample_row(rollout: Rollout, kl: float) -> dict[str, Any]:
@@ -169,11 +207,3 @@ def sample_row(rollout: Rollout, kl: float) -> dict[str, Any]:
 def learned_fingerprint(cfg: PPOStage) -> str:
     """Fingerprint of every key that changes what is learned."""
     return fingerprint({k: v for k, v in cfg.model_dump(mode="json").items() if k not in _FREE_TO_CHANGE})
-
-
-def _refuse_other_config(found: dict[str, Any], now: dict[str, Any], cfg: PPOStage) -> None:
-    if found.get("config") != now["config"]:
-        raise CheckpointError(
-            f"the checkpoints in {cfg.run_dir} were made with another configuration",
-            fix="restore the configuration, use another run_dir, or start anew with --resume never",
-        )

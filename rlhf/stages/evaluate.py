@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,11 @@ def gather(part: Answers, runtime: Runtime) -> Answers:
     """All ranks' answers."""
     if runtime.world_size == 1:
         return part
-    columns = {name: getattr(part, name) for name in ("rollouts", "kl", "entropy", "base_nll", "reward")}
-    return Answers(**{k: v if v is None else runtime.gather_objects(v) for k, v in columns.items()})
+    columns: dict[str, Any] = {
+        name: getattr(part, name) for name in ("rollouts", "kl", "entropy", "base_nll", "reward")
+    }
+    gathered: dict[str, Any] = {k: v if v is None else runtime.gather_objects(v) for k, v in columns.items()}
+    return Answers(**gathered)
 
 
 def evaluation_record(answers: dict[str, Answers], cfg: EvaluateStage) -> dict[str, Any]:

@@ -31,9 +31,9 @@ from rlhf.models.tuning import build_optimizer, set_lr
 from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows, minibatch_rows
 from rlhf.rollout.collect import collect, missing_eos_penalty
 from rlhf.rollout.generate import GenerationSettings
+from rlhf.rollout.ppo_run import PPORun
 from rlhf.rollout.scorers import SCORERS
 from rlhf.rollout.statistics import step_metrics
-from rlhf.rollout.ppo_run import PPORun
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
 from rlhf.types import RewardFn, Rollout, RolloutBatch, RunResult
@@ -58,28 +58,29 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
     with PPORun.open(cfg, options, runtime, module=module, optimizer=optimizer, kl_control=kl_control) as run:
         for step in run.steps():
             with run.phase("generate"):
-                rollouts = sample_rollouts(
-                    step, prompts, roles, cfg, runtime, on_tokens=run.progress.advance
-                )  # 1 sample
+                # 1. Sample responses to this step's prompts.
+                rollouts = sample_rollouts(step, prompts, roles, cfg, runtime, on_tokens=run.progress.advance)
             with run.phase("score"):
-                for rollout, score in zip(rollouts, reward_fn(rollouts), strict=True):
-                    rollout.score = score
-                batch = make_batch(rollouts, cfg, runtime)
+                # 2. Scores; then old and reference logprobs, and values.
+                batch = score_rollouts(rollouts, reward_fn, cfg, runtime)
                 epochs = plan_epochs(len(batch), cfg, generator_for(cfg.seed, "epochs", step, runtime.rank))
-                evaluate_rollouts(batch, epochs[0], actor_critic, roles.reference, cfg, runtime)  # 2 logprobs, values
+                evaluate_rollouts(batch, epochs[0], actor_critic, roles.reference, cfg, runtime)
             if step == 0 and cfg.reference in (None, cfg.model):
                 assert_reference_is_policy(batch, runtime)
-            shape_rewards(batch, cfg, runtime, kl_coef=kl_control.coef)  # 3 score at the last action, -coef * KL
-            estimate_advantages(batch, cfg, runtime)  # 4 GAE, then whitening over the global batch
+            # 3. Rewards: -coef * KL on every action, the score on the last one.
+            shape_rewards(batch, cfg, runtime, kl_coef=kl_control.coef)
+            # 4. Generalised advantages, then whitened over the global batch.
+            estimate_advantages(batch, cfg, runtime)
             with run.phase("update"):
+                # 5. Epochs of minibatches on the clipped objective.
                 lr = set_lr(optimizer, cfg.optim, step, cfg.steps)
-                sums = train(
-                    actor_critic, optimizer, batch, epochs, cfg, runtime, step=step, ptx=ptx
-                )  # 5 clipped objective
+                sums = train(actor_critic, optimizer, batch, epochs, cfg, runtime, step=step, ptx=ptx)
             metrics = step_metrics(batch, rollouts, sums, runtime, kl_coef=kl_control.coef)
-            kl_control.update(metrics["objective/kl"], n=cfg.batch_size * runtime.world_size)  # 6 Ziegler's controller
+            # 6. The KL controller answers to the KL that was measured.
+            kl_control.update(metrics["objective/kl"], n=cfg.batch_size * runtime.world_size)
+            # 7. Metrics, samples, checkpoint.
             run.log(step, {**metrics, "lr": lr}, batch, rollouts)
-            run.save_if_due(step)  # 7
+            run.save_if_due(step)
         return run.finish(roles)
 
 
@@ -151,6 +152,13 @@ def sample_rollouts(
 
 
 # --- the batch --------------------------------------------------------------------------------------------
+
+
+def score_rollouts(rollouts: Sequence[Rollout], reward_fn: RewardFn, cfg: PPOStage, runtime: Runtime) -> RolloutBatch:
+    """Write the raw score into every rollout, and make the batch."""
+    for rollout, score in zip(rollouts, reward_fn(rollouts), strict=True):
+        rollout.score = score
+    return make_batch(rollouts, cfg, runtime)
 
 
 def make_batch(rollouts: Sequence[Rollout], cfg: PPOStage, runtime: Runtime) -> RolloutBatch:
@@ -249,8 +257,10 @@ def train(
     for epoch, minibatches in enumerate(epochs):
         epoch_sums: dict[str, float] = {}
         for index, rows in enumerate(minibatches):
-            first = epoch == 0 and index == 0
-            sums = update(actor_critic, optimizer, batch, rows, cfg, runtime, step=step, ptx=ptx, first=first)
+            sums = update(actor_critic, optimizer, batch, rows, cfg, runtime, step=step, ptx=ptx)
+            deviation = sums.pop("max_ratio_deviation")
+            if epoch == 0 and index == 0:
+                assert_first_ratio(deviation, runtime)
             skipped_in_a_row = skipped_in_a_row + 1 if sums["skipped"] else 0
             if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise InvariantError(
@@ -275,20 +285,18 @@ def update(
     *,
     step: int,
     ptx: Sequence[Rollout],
-    first: bool,
 ) -> dict[str, float]:
     """One optimizer step on `rows`, through as many micro-batches as memory asks for."""
     parts = micro_batches(batch, [rows], cfg)
     denominator = runtime.denominator(int(batch.action_mask_BT[rows].sum()))
     sums: dict[str, Tensor] = {}
+    deviation = 0.0
     for i, part_rows in enumerate(parts):
         part = batch.select(part_rows)
         is_last = i + 1 == len(parts) and not ptx
         with runtime.accumulate(actor_critic, last=is_last):
             loss, stats = ppo_loss(actor_critic, part, cfg, runtime, denominator=denominator, step=step)
-            if first:
-                assert_first_ratio(stats.pop("max_ratio_deviation"), runtime)
-            stats.pop("max_ratio_deviation", None)
+            deviation = max(deviation, float(stats.pop("max_ratio_deviation")))
             runtime.backward(loss)
         for name, value in stats.items():
             sums[name] = sums.get(name, 0) + value.detach()
@@ -298,7 +306,13 @@ def update(
     norm = runtime.step(actor_critic, optimizer, max_grad_norm=cfg.optim.max_grad_norm)
     finite = norm == norm and norm != float("inf")
     reduced = reduce_sums(sums, runtime)
-    return {**reduced, "updates": 1.0, "skipped": 0.0 if finite else 1.0, "grad_norm": norm if finite else 0.0}
+    return {
+        **reduced,
+        "updates": 1.0,
+        "skipped": 0.0 if finite else 1.0,
+        "grad_norm": norm if finite else 0.0,
+        "max_ratio_deviation": deviation,
+    }
 
 
 def ppo_loss(
@@ -357,17 +371,16 @@ def ptx_loss(
 # --- run-time assertions (ppo.md, checklist 6) --------------------------------------------------------------
 
 
-def assert_first_ratio(deviation: Tensor, runtime: Runtime) -> None:
+def assert_first_ratio(worst: float, runtime: Runtime) -> None:
     """The first ratio of a step is 1: nothing has changed since the old logprobs were taken.
 
     Raises:
         InvariantError: it is not; training would follow a wrong gradient.
     """
-    worst = float(deviation)
     tolerance = 1e-6 if runtime.precision == "fp32" else 0.05
     if worst > tolerance:
         raise InvariantError(
-            f"the first minibatch's ratio deviates from 1 by {worst:.2g} (allowed: {tolerance:.0e} in {runtime.precision})",
+            f"the first minibatch's ratio is off 1 by {worst:.2g} (allowed in {runtime.precision}: {tolerance:.0e})",
             fix="look for dropout, a sampler with another temperature, or a non-deterministic kernel",
         )
 

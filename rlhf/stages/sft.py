@@ -27,7 +27,7 @@ from rlhf.types import RunResult
 
 def main(cfg: SFTStage, options: RunOptions) -> RunResult:
     """Train on the demonstrations; leaves `final/` and metrics.jsonl."""
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     tokenizer = load_tokenizer(cfg.model)
@@ -89,7 +89,7 @@ def to_dataset(rows: list[Demonstration], tokenizer: Any, source: DatasetConfig,
         length = len(prompt_tokens(tokenizer, row.prompt, chat=chat))
         if length >= cfg.max_length:
             raise DataError(
-                f"{row.where}: the prompt has {length} tokens, max_length is {cfg.max_length}: nothing would be trained",
+                f"{row.where}: the prompt has {length} tokens, max_length is {cfg.max_length}: nothing to train",
                 fix="raise max_length, or shorten or remove the row",
             )
         if chat:
@@ -108,7 +108,7 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
     """
     import dataclasses
 
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     on_cpu = not torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,86 @@
+"""Policy, critic, reference and sampler of one run: where each starts, and what is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.models.roles import Sampler, build_roles
+from rlhf.models.value import load_scalar_model
+from rlhf.runtime import Runtime
+
+TOKENS = torch.tensor([[2, 9, 12, 15, 3], [2, 7, 8, 3, 3]])
+MASK = torch.tensor([[True] * 5, [True, True, True, True, False]])
+ACTIONS = torch.tensor([[False, False, True, True, True], [False, True, True, True, False]])
+
+
+@torch.no_grad()
+def test_policy_and_reference_start_as_one_function(stage_config: Any, runtime: Runtime) -> None:
+    roles = build_roles(stage_config("ppo"), runtime)
+    mine, theirs = (model(TOKENS, MASK, ACTIONS)[0] for model in (roles.actor_critic.policy, roles.reference))
+    assert torch.equal(mine, theirs)
+    assert not any(p.requires_grad for p in roles.reference.parameters())
+    assert all(p.requires_grad for p in roles.actor_critic.parameters())
+    shared = {id(p) for p in roles.reference.parameters()} & {id(p) for p in roles.actor_critic.parameters()}
+    assert not shared
+
+
+@torch.no_grad()
+def test_the_critic_starts_as_the_reward_model_one_token_earlier(
+    stage_config: Any, runtime: Runtime, tiny: Any
+) -> None:
+    values = build_roles(stage_config("ppo"), runtime).actor_critic.critic(TOKENS, MASK)
+    after = load_scalar_model(tiny.reward, dtype=torch.float32)(TOKENS, MASK)
+    torch.testing.assert_close(values[:, 1:], after[:, :-1], atol=1e-6, rtol=0)
+    assert values[:, 0].eq(0).all()
+
+
+def test_a_critic_from_the_policy_has_its_trunk_and_a_new_head(stage_config: Any, runtime: Runtime) -> None:
+    roles = build_roles(stage_config("ppo", critic_init="policy"), runtime)
+    trunk = roles.actor_critic.critic.scalar.classifier.model.state_dict()
+    policy = roles.actor_critic.policy.lm.model.state_dict()
+    assert all(torch.equal(trunk[name], policy[name]) for name in policy)
+    assert float(roles.actor_critic.critic.scalar.std) == 1.0
+
+
+def test_lora_trains_both_adapters_and_the_critic_s_head(stage_config: Any, runtime: Runtime) -> None:
+    roles = build_roles(stage_config("ppo", tuning={"kind": "lora", "rank": 4}), runtime)
+    names = [name for name, p in roles.actor_critic.named_parameters() if p.requires_grad]
+    assert [n for n in names if "lora_" not in n] == ["critic.scalar.classifier.score.weight"]
+    assert sum(n.startswith("policy") for n in names) == 28
+
+
+def test_policy_and_critic_have_their_own_learning_rates(stage_config: Any, runtime: Runtime) -> None:
+    cfg = stage_config("ppo", critic_lr=5e-3, optim={"lr": 1e-3, "weight_decay": 0.1})
+    roles = build_roles(cfg, runtime)
+    groups = roles.parameter_groups(cfg)
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (1e-3, 0.0), (5e-3, 0.1), (5e-3, 0.0)]
+    counted = [id(p) for g in groups for p in g["params"]]
+    assert sorted(counted) == sorted(id(p) for p in roles.actor_critic.parameters())
+
+
+def test_everything_is_in_evaluation_mode_and_eos_is_known(stage_config: Any, runtime: Runtime) -> None:
+    roles = build_roles(stage_config("ppo"), runtime)
+    assert not any(m.training for model in (roles.actor_critic, roles.reference) for m in model.modules())
+    assert roles.eos_ids == (3,)
+
+
+@pytest.mark.parametrize(("precision", "kind", "copies"), [("fp32", "full", False), ("bf16", "full", True), ("bf16", "lora", False)])
+def test_the_sampler_has_the_policy_s_current_weights(
+    stage_config: Any, precision: str, kind: str, copies: bool
+) -> None:
+    runtime = Runtime.start(seed=0, precision=precision)
+    roles = build_roles(stage_config("ppo", precision=precision, tuning={"kind": kind, "rank": 4}), runtime)
+    lm = roles.actor_critic.policy.lm
+    sampler = Sampler(lm, runtime)
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.requires_grad:
+                p.add_(0.05)
+    with sampler.ready() as sampling:
+        assert (sampling is not lm) == copies
+        assert not sampling.training
+        for mine, theirs in zip(sampling.parameters(), lm.parameters(), strict=True):
+            assert torch.equal(mine, theirs.to(mine.dtype))

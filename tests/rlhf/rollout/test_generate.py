@@ -1,0 +1,172 @@
+"""Sampling against transformers' own decoding, the exact distribution, and the policy that is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from rlhf.models.load import load_causal_lm
+from rlhf.models.policy import Policy
+from rlhf.rollout.buffer import pad_right
+from rlhf.rollout.generate import Completion, GenerationSettings, draw, generate
+from rlhf.types import StopReason
+
+PROMPTS = [[2, 9, 12], [2, 30], [2, 14, 15, 16, 17, 18], [40, 7, 8, 9], [2, 5, 6, 7, 8, 9, 10]]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny: Any) -> Any:
+    return load_causal_lm(tiny.path, dtype=torch.float32).eval()
+
+
+def sample(lm: Any, prompts: list[list[int]], *, seed: int = 0, copies: int = 1, **settings: Any) -> list[Completion]:
+    given = GenerationSettings(**{"eos_ids": (3,), "max_new_tokens": 12, **settings})
+    return generate(lm, prompts, given, generator=torch.Generator().manual_seed(seed), copies=copies)
+
+
+def fixed_uniforms(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.tensor(values).view(*shape))
+
+
+# --- draw -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("u", "index"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.7499, 2), (0.75, 4), (0.999999, 4)]
+)
+def test_draw_inverts_the_cumulative_sum(monkeypatch: pytest.MonkeyPatch, u: float, index: int) -> None:
+    # cumulative: 0, 1/4, 3/4, 3/4, 1, 1: the empty cells 0, 3 and 5 are never drawn
+    fixed_uniforms(monkeypatch, [u])
+    probabilities = torch.tensor([[0.0, 0.25, 0.5, 0.0, 0.25, 0.0]])
+    assert draw(probabilities, torch.Generator()).tolist() == [index]
+
+
+def test_draw_scales_to_a_total_that_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed_uniforms(monkeypatch, [0.5, 0.6])
+    probabilities = torch.tensor([[0.2, 0.2, 0.2, 0.2], [2.0, 2.0, 0.0, 1.0]])  # halves: 0.4 of 0.8; 3 of 5
+    assert draw(probabilities, torch.Generator()).tolist() == [2, 1]
+
+
+def test_draw_at_the_total_gives_the_last_index_with_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed_uniforms(monkeypatch, [1.0, 1.0, 0.0])  # u = total: what rounding can make of 0.99999997
+    probabilities = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.3, 0.7], [0.0, 1.0, 0.0, 0.0]])
+    assert draw(probabilities, torch.Generator()).tolist() == [1, 3, 1]
+
+
+def test_draw_has_the_right_frequencies() -> None:
+    drawn = draw(torch.tensor([0.05, 0.0, 0.15, 0.5, 0.3]).expand(20_000, 5), torch.Generator().manual_seed(0))
+    first, never, *rest = torch.bincount(drawn, minlength=5).tolist()
+    assert never == 0
+    assert chisquare([first, *rest], [1_000, 3_000, 10_000, 6_000]).pvalue > 1e-3
+
+
+# --- generate -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' remarks on its own generation settings
+def test_a_tiny_temperature_is_transformers_greedy_decoding(lm: Any) -> None:
+    ours = sample(lm, PROMPTS, temperature=1e-4, batch_size=3)
+    for prompt, mine in zip(PROMPTS, ours, strict=True):
+        tokens = torch.tensor([prompt])
+        mask = torch.ones_like(tokens)
+        out = lm.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=12, pad_token_id=0)
+        assert mine.tokens == out[0, len(prompt) :].tolist()
+
+
+def test_the_first_two_tokens_follow_the_exact_distribution(lm: Any) -> None:
+    prompt, n, temperature = [2, 9, 12], 6000, 0.7
+    drawn = sample(lm, [prompt], copies=n, max_new_tokens=2, temperature=temperature, batch_size=n, seed=1)
+    with torch.no_grad():
+        first_V = (lm(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+        rows = torch.tensor([[*prompt, v] for v in range(len(first_V))])
+        second_VV = (lm(rows).logits[:, -1] / temperature).softmax(-1)
+    pair_VV = first_V[:, None] * second_VV
+    pair_VV[3], pair_VV[3, 0] = 0.0, first_V[3]  # after an EOS comes nothing: one cell
+    counts_VV = torch.zeros_like(pair_VV)
+    for completion in drawn:
+        first, second = completion.tokens if len(completion.tokens) == 2 else (3, 0)
+        counts_VV[first, second] += 1
+    expected, counts = n * pair_VV.flatten().double(), counts_VV.flatten().double()
+    common = expected >= 5  # rarer cells are pooled, as the chi-square needs
+    observed = [*counts[common].tolist(), float(counts[~common].sum())]
+    wanted = [*expected[common].tolist(), float(expected[~common].sum())]
+    assert len(wanted) > 100
+    assert chisquare(observed, wanted, sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_taken_while_sampling_are_the_policy_s(lm: Any, temperature: float) -> None:
+    drawn = sample(lm, PROMPTS, copies=3, temperature=temperature)
+    rows = [[*PROMPTS[i // 3], *c.tokens] for i, c in enumerate(drawn)]
+    actions = [[False] * len(PROMPTS[i // 3]) + [True] * len(c.tokens) for i, c in enumerate(drawn)]
+    mask_BT = pad_right([[True] * len(row) for row in rows], False, torch.bool)
+    action_BT = pad_right(actions, False, torch.bool)
+    with torch.no_grad():
+        logprobs, _ = Policy(lm)(pad_right(rows, 0, torch.long), mask_BT, action_BT, temperature=temperature)
+    taken = torch.tensor([x for c in drawn for x in c.logprobs])
+    torch.testing.assert_close(taken, logprobs[action_BT], atol=1e-4, rtol=0)
+
+
+def test_an_answer_ends_with_its_first_eos_or_at_the_budget(lm: Any) -> None:
+    drawn = sample(lm, PROMPTS, copies=20, max_new_tokens=9)
+    assert {c.stop for c in drawn} == {StopReason.EOS, StopReason.LENGTH}
+    for c in drawn:
+        assert len(c.tokens) == len(c.logprobs) <= 9
+        if c.stop is StopReason.EOS:
+            assert c.tokens.index(3) == len(c.tokens) - 1
+        else:
+            assert len(c.tokens) == 9
+            assert 3 not in c.tokens
+
+
+def test_an_eos_as_the_last_token_of_the_budget_still_ends_the_answer(lm: Any) -> None:
+    drawn = sample(lm, [[2, 9]], copies=60, max_new_tokens=1, batch_size=60)
+    assert all((c.stop is StopReason.EOS) == (c.tokens == [3]) for c in drawn)
+    assert any(c.tokens == [3] for c in drawn)
+
+
+def test_each_of_several_eos_ids_ends_an_answer(lm: Any) -> None:
+    drawn = sample(lm, PROMPTS, copies=20, eos_ids=(3, 20, 21, 22))
+    ends = {c.tokens[-1] for c in drawn if c.stop is StopReason.EOS}
+    assert len(ends) > 1
+    assert all(not {3, 20, 21, 22} & set(c.tokens[:-1]) for c in drawn)
+
+
+def test_copies_stand_behind_their_prompt_whatever_the_batches(lm: Any) -> None:
+    # at a tiny temperature each prompt has one answer: order and batching cannot change it
+    alone = [sample(lm, [p], temperature=1e-4)[0].tokens for p in PROMPTS]
+    assert len({tuple(a) for a in alone}) > 1
+    for batch_size in (1, 4, 64):
+        together = sample(lm, PROMPTS, copies=3, temperature=1e-4, batch_size=batch_size)
+        assert [c.tokens for c in together] == [a for a in alone for _ in range(3)]
+
+
+def test_the_generator_is_the_only_source_of_chance(lm: Any) -> None:
+    torch.manual_seed(1)
+    one = sample(lm, PROMPTS, seed=4)
+    torch.manual_seed(2)
+    assert [c.tokens for c in sample(lm, PROMPTS, seed=4)] == [c.tokens for c in one]
+    assert [c.tokens for c in sample(lm, PROMPTS, seed=5)] != [c.tokens for c in one]
+
+
+def test_ragged_prompts_get_the_logprobs_of_their_own_context(lm: Any) -> None:
+    """Left padding, the repeated cache and leaving rows must not move a position or show another row's keys."""
+    drawn = sample(lm, PROMPTS, copies=4, batch_size=20)
+    for i, c in enumerate(drawn):
+        tokens = torch.tensor([[*PROMPTS[i // 4], *c.tokens]])
+        with torch.no_grad():
+            logprobs_TV = lm(tokens).logits[0].log_softmax(-1)
+        start = len(PROMPTS[i // 4])
+        exact = [float(logprobs_TV[start + j - 1, token]) for j, token in enumerate(c.tokens)]
+        assert c.logprobs == pytest.approx(exact, abs=1e-4)
+
+
+def test_on_tokens_counts_every_new_token(lm: Any) -> None:
+    seen: list[int] = []
+    drawn = generate(
+        lm, PROMPTS, GenerationSettings((3,), 12), generator=torch.Generator().manual_seed(0), on_tokens=seen.append
+    )
+    assert sum(seen) == sum(len(c.tokens) for c in drawn)

@@ -1,0 +1,221 @@
+"""The whole pipeline on a tiny model: once through real processes; then what runs again after which change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from rlhf import config
+from rlhf.cli import app
+from rlhf.errors import ConfigError, StageError
+from rlhf.runs import RunOptions
+from rlhf.stages import pipeline
+
+ROOT = Path(__file__).resolve().parents[3]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+
+
+@pytest.fixture(scope="module")
+def file(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's YAML; its run folder, beside it, was filled by one real run through subprocesses."""
+    root = tmp_path_factory.mktemp("pipeline")
+    words = "sun star light moon sea sky blue red water rain cloud wind".split()
+    answers = ["the sun is hot .", "rain is water .", "it is a big star .", "we see the light ."]
+    rows = [{"prompt": f"explain {w}", "completion": answers[i % 4]} for i, w in enumerate(words)]
+    data = {"path": str(root / "rows.jsonl")}
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampling = {"max_new_tokens": 8, "batch_size": 16}
+    blocks = {
+        "run_dir": str(root / "run"),
+        "title": "Tiny",
+        "model": tiny.path,
+        "precision": "fp32",
+        "tracking": {"wandb": "off"},
+        "sft": {"dataset": data, "batch_size": 4, "micro_batch_size": 4, "max_length": 64, "lr": 1e-2, "epochs": 2},
+        "sample": {"prompts": data, "completions_per_prompt": 3, "sampling": sampling},
+        "label": {"annotators": [{"name": "ada", "noise": 0.5}, {"name": "bob"}], "heldout_fraction": 0.25},
+        "reward": {"loss": "all_pairs", "normalise_on": data, "batch_size": 4, "micro_batch_size": 2, "max_length": 64},
+        "ppo": {"prompts": data, "sampling": sampling, "steps": 2, "batch_size": 8, "optim": {"lr": 1e-3}},
+        "evaluate": {"prompts": data, "sampling": sampling, "samples_per_prompt": 2},
+    }
+    (root / "p.yaml").write_text(yaml.safe_dump(blocks))
+    command = [sys.executable, "-m", "rlhf", "pipeline", str(root / "p.yaml")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root / "p.yaml"
+
+
+@pytest.fixture
+def stages_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The stages that a pipeline starts, run in this process to save their start-up."""
+    started: list[str] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        started.append(command[3])
+        result = CliRunner().invoke(app, command[3:])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return subprocess.CompletedProcess(command, result.exit_code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.subprocess, "run", run)
+        yield started
+
+
+def run(file: Path, *overrides: str, resume: str = "auto") -> None:
+    pipeline.main(config.load(file, "pipeline", overrides), RunOptions(resume=resume))
+
+
+def states(file: Path, *overrides: str) -> list[str]:
+    return [planned.stage for planned in pipeline.plan(config.load(file, "pipeline", overrides)) if not planned.done]
+
+
+@pytest.fixture
+def copy(file: Path, tmp_path: Path) -> Path:
+    """The finished run, under the same paths, put back after the test."""
+    shutil.copytree(file.parent / "run", tmp_path / "kept")
+    yield file
+    shutil.rmtree(file.parent / "run")
+    shutil.copytree(tmp_path / "kept", file.parent / "run")
+
+
+def test_every_stage_leaves_its_result_and_the_report_stands_on_top(file: Path) -> None:
+    folder = file.parent / "run"
+    for stage in ("sft", "sample", "label", "reward", "ppo", "evaluate"):
+        record = json.loads((folder / stage / "result.json").read_text())
+        assert record["stage"] == stage
+        assert all(Path(path).exists() for path in record["outputs"].values() if path.startswith(str(folder)))
+    assert "Tiny" in (folder / "report.html").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"base", "sft", "ppo"} <= summary["policy"].keys()
+    assert json.loads((folder / "reward" / "final" / "reward_normalisation.json").read_text())["std"] > 0
+
+
+def test_a_second_run_skips_every_stage(file: Path, stages_run: list[str], capsys: Any) -> None:
+    run(file)
+    assert stages_run == []
+    assert capsys.readouterr().out.count("skipped") == 7
+
+
+def test_a_change_of_ppo_runs_ppo_and_what_follows(copy: Path, stages_run: list[str]) -> None:
+    before = (copy.parent / "run" / "ppo" / "final" / "model.safetensors").read_bytes()
+    run(copy, "ppo.gamma=0.9")
+    assert stages_run == ["ppo", "evaluate", "report"]
+    folder = copy.parent / "run"
+    assert (folder / "ppo.old-1" / "final" / "model.safetensors").read_bytes() == before, "moved aside, not lost"
+    assert (folder / "ppo" / "final" / "model.safetensors").read_bytes() != before
+    stages_run.clear()
+    run(copy, "ppo.gamma=0.9")
+    assert stages_run == []
+
+
+def test_edited_rankings_run_reward_and_what_follows(copy: Path, stages_run: list[str]) -> None:
+    rankings = copy.parent / "run" / "label" / "rankings.train.jsonl"
+    rows = [json.loads(line) for line in rankings.read_text().splitlines()]
+    rows[0]["ranks"] = rows[0]["ranks"][::-1]
+    rankings.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert states(copy) == ["reward", "ppo", "evaluate", "report"]
+    run(copy)
+    assert stages_run == ["reward", "ppo", "evaluate", "report"]
+    assert states(copy) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("seed=3", "sft"),
+        ("sample.completions_per_prompt=2", "sample"),
+        ("label.heldout_fraction=0.3", "label"),
+        ("evaluate.samples_per_prompt=1", "evaluate"),
+        ("title=Other", "report"),
+    ],
+)
+def test_a_change_reaches_its_stage_and_all_later_ones(file: Path, override: str, first: str) -> None:
+    assert states(file, override) == list(pipeline.ORDER[pipeline.ORDER.index(first) :])
+
+
+def test_edited_demonstrations_run_everything(copy: Path) -> None:
+    rows = copy.parent / "rows.jsonl"
+    text = rows.read_text()
+    try:
+        rows.write_text(text.replace("rain is water", "rain is blue"))
+        assert states(copy) == list(pipeline.ORDER)
+    finally:
+        rows.write_text(text)
+
+
+def test_an_edited_policy_is_not_taken_for_the_trained_one(copy: Path) -> None:
+    """A lost output: what reads it cannot go on, so its stage must run again."""
+    shutil.rmtree(copy.parent / "run" / "sft" / "final")
+    assert states(copy)[:1] == ["sft"]
+
+
+def test_a_pipeline_killed_in_the_middle_goes_on_from_there(copy: Path, stages_run: list[str], metrics_of: Any) -> None:
+    overrides = ["ppo.steps=40", "ppo.save_every=1"]
+    command = [sys.executable, "-m", "rlhf", "pipeline", str(copy), *overrides]
+    checkpoints = copy.parent / "run" / "ppo" / "checkpoints"
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (checkpoints / "step_3").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)  # pipeline and stage at once, as by a power cut
+    assert not (copy.parent / "run" / "ppo" / "final").exists()
+    reached = max(int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*"))
+    assert 3 <= reached < 40
+    first_lines = metrics_of(copy.parent / "run" / "ppo")[:3]
+    run(copy, *overrides)
+    assert stages_run == ["ppo", "evaluate", "report"]
+    lines = metrics_of(copy.parent / "run" / "ppo")
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert lines[:3] == first_lines, "steps before the checkpoint were not done again"
+    assert states(copy, *overrides) == []
+
+
+def test_a_failing_stage_stops_the_pipeline_with_its_code(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 7)
+    monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(StageError, match="stage ppo ended with exit code 7"):
+        run(copy, "ppo.gamma=0.5")
+    assert states(copy, "ppo.gamma=0.5") == ["ppo", "evaluate", "report"]
+
+
+def test_a_bad_block_is_named_before_anything_runs(file: Path, stages_run: list[str]) -> None:
+    with pytest.raises(ConfigError, match="block 'evaluate'"):
+        run(file, "evaluate.candidate=nobody", "seed=9")
+    assert stages_run == []
+
+
+def test_resume_never_runs_everything(copy: Path, stages_run: list[str]) -> None:
+    run(copy, resume="never")
+    assert stages_run == list(pipeline.ORDER)
+    assert not list((copy.parent / "run").glob("*.old-*")), "the same configuration: nothing to move aside"
+    assert states(copy) == []
+
+
+def test_a_launcher_starts_the_stages_with_a_model(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[str]] = {}
+
+    def record(command: list[str], **_: Any) -> Any:
+        stage = command[command.index("rlhf") + 1]
+        seen[stage] = command[: command.index("-m")]
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(pipeline.subprocess, "run", record)
+    run(copy, "launcher=accelerate launch --config_file 'my file.yaml'", resume="never")
+    launched = ["accelerate", "launch", "--config_file", "my file.yaml"]
+    assert {stage for stage, head in seen.items() if head == launched} == {"sft", "sample", "reward", "ppo", "evaluate"}
+    assert seen["label"] == seen["report"] == [sys.executable]
