@@ -5,8 +5,8 @@ that still lead to pi*, and says why. Most of these follow from one fact: token 
 (pi*, V*) the TD error of every action is 0 (Peters et al. 2010; Nachum et al. 2017, arXiv:1702.08892), hence all
 advantages vanish, whatever lambda is, and reweighting them by positive numbers moves nothing.
 
-Not injectable, because nothing would change: "advantages not detached" (they carry no graph), "log-ratio not masked"
-(the masked sum drops what lies outside), "KL from the sampler's log-probabilities" (equal to the old ones in float32).
+Not injectable, because nothing would change: "advantages not detached" (they carry no graph) and "log-ratio not masked"
+(the masked sum drops what lies outside).
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def actions_left(mask_BT: Tensor) -> Tensor:
 def shifted(x_BT: Tensor, by: int) -> Tensor:
     """Moved `by` slots to the right (left if negative), zeros moved in."""
     moved_BT = x_BT.roll(by, 1)
-    moved_BT[:, :by] if by > 0 else moved_BT[:, by:]
     moved_BT[:, slice(None, by) if by > 0 else slice(by, None)] = 0
     return moved_BT
 
@@ -205,11 +204,6 @@ def without_eos(logits: Tensor) -> Tensor:
     return logits.index_fill(-1, torch.tensor([EOS]), -1e9)
 
 
-def no_eos_at_first(logits: Tensor) -> Tensor:
-    """`min_new_tokens`: the prefill is the only call with one row per prompt and several logits kept."""
-    return without_eos(logits)
-
-
 def forward_at(temperature: float, name: str, position: int) -> Patch:
     """Argument `position` of function `name`, a model, ignores the configured temperature."""
 
@@ -335,7 +329,6 @@ MUTANTS = [
     Mutant("advantages one token early", (after("estimate_advantages", set_field("advantages_BT", lambda b: shifted(b.advantages_BT, -1) * b.action_mask_BT)),)),
     Mutant("advantages negated", (after("estimate_advantages", set_field("advantages_BT", lambda b: -b.advantages_BT)),)),
     Mutant("advantages centred per response", (replaced("whiten", centred_per_row),)),
-    Mutant("returns from whitened advantages", (after("estimate_advantages", set_field("returns_BT", lambda b: b.advantages_BT + b.values_BT)),)),
     Mutant("baseline sign", (replaced("gae", lambda gae: lambda r, v, m, **k: gae(r, -v, m, **k)),)),
     Mutant("critic sees the action", (replaced("forward", lambda f: lambda self, *a: self.scalar(*a), Critic),)),
     Mutant("critic never trained", (), {"value_coef": 0.0}),
@@ -344,9 +337,8 @@ MUTANTS = [
     # The policy loss
     Mutant("ratio inverted", (replaced("_log_ratio", lambda f: lambda *a: -f(*a), losses),)),
     Mutant("clipped term with the wrong sign", (larger_of(lambda a, b: torch.max(a, -b)),)),
-    Mutant("only bad actions trained", (larger_of(lambda a, b: torch.where(a > 0, a, a.detach())),)),
-    Mutant("entropy bonus", (), {"entropy_coef": 0.05}),
-    Mutant("old log-probabilities of another row", (after("evaluate_rollouts", set_field("logprobs_BT", lambda b: b.logprobs_BT.roll(1, 0))),)),
+    Mutant("entropy bonus", (), {"entropy_coef": 0.05, "whiten_advantages": False}),
+    Mutant("old log-probabilities of another row", (after("evaluate_rollouts", set_field("logprobs_BT", lambda b: b.logprobs_BT.roll(1, 0))), after("evaluate_rollouts", set_field("ref_logprobs_BT", lambda b: b.ref_logprobs_BT.roll(1, 0))))),
     Mutant("update at temperature 1", (forward_at(1.0, "ppo_loss", 0),)),
     Mutant("training at temperature 1", (replaced("forward", untempered_policy, Policy),)),
     Mutant("dropout", (policy_logprobs_become(lambda x: torch.nn.functional.dropout(x, 0.1)),)),
@@ -358,8 +350,9 @@ MUTANTS = [
     # Equal optimum
     Mutant("lambda 0", (), {"lam": 0.0}, False, "TD errors vanish at the optimum"),
     Mutant("lambda 1", (), {"lam": 1.0}, False, "unbiased whatever the critic says"),
-    Mutant("no critic, lambda 1", (), {"lam": 1.0, "value_coef": 0.0}, False, "a baseline is not needed, only useful"),
     Mutant("advantages not whitened", (), {"whiten_advantages": False}, False, "a positive factor"),
+    Mutant("returns from whitened advantages", (after("estimate_advantages", set_field("returns_BT", lambda b: b.advantages_BT + b.values_BT)),), {}, False, "the critic rests where the mean advantage is 0"),
+    Mutant("KL from the sampler's log-probabilities", (reference_becomes(lambda b: b.ref_logprobs_BT + b.logprobs_BT - b.sampler_logprobs_BT),), {}, False, "equal to the old ones"),
     Mutant("mean over tokens, then rows", (replaced("policy_loss", per_sequence_mean),), {}, False, "positive weights"),
     Mutant("ratio always 1", (replaced("policy_loss", lambda f: lambda p, q, *a, **k: f(p, p.detach(), *a, **k)),), {}, False, "plain policy gradient"),
     Mutant("minimum instead of maximum", (larger_of(torch.minimum),), {}, False, "no trust region, same gradient at ratio 1"),

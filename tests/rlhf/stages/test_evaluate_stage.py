@@ -87,7 +87,7 @@ def test_a_policy_against_itself_wins_half(stage_config: Any, tiny: Any) -> None
     cfg = stage_config("evaluate", policies=policies, reference=tiny.path, base=tiny.path, candidate="a", baseline="b")
     won = evaluate.main(cfg, RunOptions()).summary["win_rate"]
     assert (won["candidate"], won["baseline"]) == ("a", "b")
-    assert 0.5 in won.values()
+    assert (won["value"], won["wins"], won["losses"]) == (0.5, 0, 0)
 
 
 def test_the_report_reads_the_record(record: Any) -> None:
