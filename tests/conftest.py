@@ -17,11 +17,12 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 
 SPECIAL = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-WORDS = (
+VOCABULARY = (
     "system user assistant : . the a sun star light is big hot gives us energy why how explain what moon sea sky "
     "blue red water rain cloud wind tree leaf bird fish good bad very more less and or not it they we you see "
     "think photosynthesis thermonuclear transformation considerably electromagnetic hydrogen isotopes chlorophyll"
-).split()
+)
+WORDS = VOCABULARY.split()
 EOS = SPECIAL.index("<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m.role }} : {{ m.content }} <|im_end|>{% endfor %}"

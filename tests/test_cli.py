@@ -73,7 +73,10 @@ def block(tmp_path: Path, tiny: Any, prompts_file: str, demonstrations_file: str
     pipeline = {stage: {k: v for k, v in b.items() if k in ("dataset", "prompts")} for stage, b in blocks.items()}
     pipeline |= {"label": {"annotators": [{"name": "ada"}]}, "reward": {}}
     blocks["pipeline"] = {"model": tiny.path, **pipeline}
-    return lambda stage: {**(shared if stage != "pipeline" else {"run_dir": shared["run_dir"]}), **blocks[stage]}
+    return lambda stage: {
+        **(shared if stage != "pipeline" else {"run_dir": shared["run_dir"]}),
+        **blocks[stage],
+    }
 
 
 # --- configuration errors -------------------------------------------------------------------------------------
@@ -81,7 +84,12 @@ def block(tmp_path: Path, tiny: Any, prompts_file: str, demonstrations_file: str
 
 @pytest.mark.parametrize("stage", sorted(MODULES))
 def test_an_unknown_key_is_named_with_a_proposal(invoke: Any, block: Any, tmp_path: Path, stage: str) -> None:
-    refused(invoke(stage, {**block(stage), "sed": 3}), tmp_path / "run", "sed: unknown key", "did you mean 'seed'?")
+    refused(
+        invoke(stage, {**block(stage), "sed": 3}),
+        tmp_path / "run",
+        "sed: unknown key",
+        "did you mean 'seed'?",
+    )
 
 
 def test_an_unknown_key_in_a_block_of_the_pipeline_is_found_before_anything_runs(
@@ -107,7 +115,9 @@ def test_an_unknown_resume_mode_is_refused(invoke: Any, block: Any, tmp_path: Pa
         pytest.param({"kind": "adaptive", "horizon": 2}, id="horizon-below-a-step"),
     ],
 )
-def test_a_kl_control_that_cannot_work_is_a_configuration_error(invoke: Any, block: Any, tmp_path: Path, kl: Any) -> None:
+def test_a_kl_control_that_cannot_work_is_a_configuration_error(
+    invoke: Any, block: Any, tmp_path: Path, kl: Any
+) -> None:
     refused(invoke("ppo", {**block("ppo"), "steps": 1, "kl": kl}), tmp_path / "run", "kl")
 
 
@@ -143,7 +153,9 @@ def test_a_missing_evaluation_is_named(invoke: Any, block: Any, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("stage", sorted(INPUT))
-def test_a_malformed_row_is_named_by_file_and_line(invoke: Any, block: Any, jsonl: Any, tmp_path: Path, stage: str) -> None:
+def test_a_malformed_row_is_named_by_file_and_line(
+    invoke: Any, block: Any, jsonl: Any, tmp_path: Path, stage: str
+) -> None:
     good = {"prompt": "why", "completion": "so", "chosen": "a b", "rejected": "c d"}
     row = {"reward": good, "sft": {k: good[k] for k in ("prompt", "completion")}}.get(stage, {"prompt": "why"})
     path = jsonl("rows.jsonl", [row, '{"prompt": "why', row])
@@ -164,7 +176,13 @@ def test_a_prompt_longer_than_the_budget_is_an_error_with_its_line_and_length(
     path = jsonl("long.jsonl", [{"prompt": "why"}, {"prompt": "why " * 30}])
     data = {**block(stage), "prompts": {"path": path}, "max_prompt_tokens": 20}
     # <|im_start|> user : (30 words) <|im_end|> <|im_start|> assistant :   = 37 tokens
-    refused(invoke(stage, data), tmp_path / "run", f"{path}:2: 37 tokens", "max_prompt_tokens 20", "overlong: skip")
+    refused(
+        invoke(stage, data),
+        tmp_path / "run",
+        f"{path}:2: 37 tokens",
+        "max_prompt_tokens 20",
+        "overlong: skip",
+    )
 
 
 @pytest.mark.parametrize("stage", ["ppo", "sample", "evaluate"])
@@ -222,7 +240,9 @@ def test_a_dry_run_shows_brackets_as_they_are(invoke: Any, block: Any, text: str
     assert text in result.output
 
 
-def test_a_shipped_configuration_runs_dry_by_its_name(invoke: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_shipped_configuration_runs_dry_by_its_name(
+    invoke: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     fake = tmp_path / "cache" / "smollm2-135m"
     fake.mkdir(parents=True)
     (fake / "config.json").write_text("{}")

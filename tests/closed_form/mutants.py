@@ -1,9 +1,9 @@
 """Classic PPO bugs, each injected into the real functions, one at a time.
 
-A mutant is a change of the configuration, a replacement of functions, or both. `changes_optimum=False` marks mutants
-that still lead to pi*, and says why. Most of these follow from one fact: token transitions are deterministic, so at
-(pi*, V*) the TD error of every action is 0 (Peters et al. 2010; Nachum et al. 2017, arXiv:1702.08892), hence all
-advantages vanish, whatever lambda is, and reweighting them by positive numbers moves nothing.
+A mutant is a change of the configuration, a replacement of functions, or both. `BUGS` keep the run from pi*; `HARMLESS`
+changes still lead there, and say why. Most of the latter follow from one fact: tokens move the state without chance, so
+at (pi*, V*) every action has r_t - beta log(pi / pi_ref) + V(next) - V = 0 (Nachum et al. 2017, arXiv:1702.08892,
+equation 11). All TD errors and advantages are 0 there, whatever lambda is, and positive weights on them move nothing.
 
 Not injectable, because nothing would change: "advantages not detached" (they carry no graph) and "log-ratio not masked"
 (the masked sum drops what lies outside).
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from token_mdp import EOS
-from torch import Tensor
+from token_mdp import BUDGET, EOS
+from torch import Tensor, nn
 
 from rlhf.functional import kl, losses
 from rlhf.functional.masked import masked_sum
@@ -29,17 +29,27 @@ from rlhf.models.value import Critic
 from rlhf.stages import ppo
 
 Patch = Callable[[pytest.MonkeyPatch], None]
+KL_AS_LOSS = {"kind": "fixed", "coef": 0.5, "place": "loss", "estimator": "k2"}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`patches` are applied before a run with `ppo_config(**changes)`."""
+    """`patches` are applied before a run under `ppo_config(**changes)`; `why` says why a change is harmless."""
 
     name: str
-    patches: tuple[Patch, ...] = ()
-    changes: dict[str, Any] = field(default_factory=dict)
-    changes_optimum: bool = True
+    patches: tuple[Patch, ...]
+    changes: dict[str, Any]
     why: str = ""
+
+
+def bug(name: str, *patches: Patch, **changes: Any) -> Mutant:
+    """A mutant that must be caught."""
+    return Mutant(name, patches, changes)
+
+
+def harmless(name: str, why: str, *patches: Patch, **changes: Any) -> Mutant:
+    """A mutant that must reach the optimum all the same."""
+    return Mutant(name, patches, changes, why)
 
 
 def replaced(name: str, mutate: Callable[[Any], Any], owner: Any = ppo) -> Patch:
@@ -114,11 +124,6 @@ def kl_becomes(change: Callable[[Tensor, Tensor], Tensor]) -> Patch:
     return replaced("penalised_rewards", mutate)
 
 
-def only_ended(scores_B: Tensor, mask_BT: Tensor) -> Tensor:
-    """Scores of responses shorter than the budget."""
-    return torch.where(mask_BT.sum(1) < mask_BT.sum(1).max(), scores_B, 0.0)
-
-
 # --- mutations of the batch -------------------------------------------------------------------------------------
 
 
@@ -150,14 +155,19 @@ def after(name: str, change: Callable[[Any], None]) -> Patch:
     return replaced(name, mutate)
 
 
-def set_field(name: str, change: Callable[[Any], Tensor]) -> Callable[[Any], None]:
-    """`batch.name = change(batch)`."""
-    return lambda batch: setattr(batch, name, change(batch))
+def actions_become(change: Callable[[Any], Tensor]) -> Patch:
+    """`change(batch)` instead of the action mask."""
+    return after("make_batch", lambda b: setattr(b, "action_mask_BT", change(b)))
 
 
-def with_one_pad(batch: Any) -> Tensor:
-    """Actions and the first padding slot of every row."""
-    return batch.action_mask_BT | one_late(batch.action_mask_BT)
+def advantages_become(change: Callable[[Any], Tensor]) -> Patch:
+    """`change(batch)` instead of the whitened advantages; the critic's targets stay."""
+    return after("estimate_advantages", lambda b: setattr(b, "advantages_BT", change(b) * b.action_mask_BT))
+
+
+def rolled_logprobs(batch: Any) -> None:
+    """Old and reference log-probabilities of the row before, as after an unstable sort."""
+    batch.logprobs_BT, batch.ref_logprobs_BT = batch.logprobs_BT.roll(1, 0), batch.ref_logprobs_BT.roll(1, 0)
 
 
 # --- mutations of the models, the sampler and the losses --------------------------------------------------------
@@ -204,35 +214,34 @@ def without_eos(logits: Tensor) -> Tensor:
     return logits.index_fill(-1, torch.tensor([EOS]), -1e9)
 
 
-def forward_at(temperature: float, name: str, position: int) -> Patch:
-    """Argument `position` of function `name`, a model, ignores the configured temperature."""
+def called_at_temperature_1(name: str, *, model: int) -> Patch:
+    """Function `name` calls the model that is its argument number `model` without the configured temperature."""
 
     def mutate(original: Any) -> Any:
         def mutated(*args: Any, **kwargs: Any) -> Any:
-            model = args[position]
-            untempered = lambda *a, **_: model(*a, temperature=temperature)  # noqa: E731
-            return original(*args[:position], untempered, *args[position + 1 :], **kwargs)
+            def untempered_model(*a: Any, temperature: float) -> Any:
+                return args[model](*a, temperature=1.0)
+
+            return original(*args[:model], untempered_model, *args[model + 1 :], **kwargs)
 
         return mutated
 
     return replaced(name, mutate)
 
 
-def policy_logprobs_become(change: Callable[[Tensor], Tensor]) -> Patch:
-    """`change(logprobs_BT)` in every forward pass of policy and reference."""
-
-    def mutate(original: Any) -> Any:
-        def mutated(self: Any, *args: Any, **kwargs: Any) -> Any:
-            logprobs_BT, entropy_BT = original(self, *args, **kwargs)
-            return change(logprobs_BT), entropy_BT
-
-        return mutated
-
-    return replaced("forward", mutate, Policy)
-
-
-def untempered_policy(original: Any) -> Any:
+def untempered(original: Any) -> Any:
+    """Old, new and reference log-probabilities agree, but not with the sampler."""
     return lambda self, *args, temperature: original(self, *args, temperature=1.0)
+
+
+def with_dropout(original: Any) -> Any:
+    """A policy that is not deterministic."""
+
+    def mutated(self: Any, *args: Any, **kwargs: Any) -> Any:
+        logprobs_BT, entropy_BT = original(self, *args, **kwargs)
+        return nn.functional.dropout(logprobs_BT, 0.1), entropy_BT
+
+    return mutated
 
 
 def larger_of(choose: Callable[[Tensor, Tensor], Tensor]) -> Patch:
@@ -259,6 +268,26 @@ def per_sequence_mean(original: Any) -> Any:
     return mutated
 
 
+def ratio_one(original: Any) -> Any:
+    """The old policy is always the current one."""
+    return lambda logprobs_BT, old_BT, *a, **k: original(logprobs_BT, logprobs_BT.detach(), *a, **k)
+
+
+def negated_loss(original: Any) -> Any:
+    """Minimised becomes maximised; the statistics stay."""
+
+    def mutated(*args: Any, **kwargs: Any) -> Any:
+        loss, stats = original(*args, **kwargs)
+        return -loss, stats
+
+    return mutated
+
+
+def always_centred(original: Any) -> Any:
+    """Whitening removes the mean of rewards, too."""
+    return lambda *a, center: original(*a, center=True)
+
+
 def centred_per_row(original: Any) -> Any:
     """Advantages minus the mean of their own response."""
 
@@ -270,6 +299,8 @@ def centred_per_row(original: Any) -> Any:
 
 
 def k1_loss(original: Any) -> Any:
+    """What `kl_loss` refuses."""
+
     def mutated(logprobs_BT: Tensor, ref_BT: Tensor, mask_BT: Tensor, *, estimator: str, denominator: float) -> Tensor:
         return masked_sum(kl.k1(logprobs_BT, ref_BT), mask_BT) / denominator
 
@@ -278,83 +309,93 @@ def k1_loss(original: Any) -> Any:
 
 # --- the table --------------------------------------------------------------------------------------------------
 
-KL_IN_LOSS = {"kind": "fixed", "coef": 0.5, "place": "loss"}
-
-MUTANTS = [
+BUGS = [
     # The KL penalty
-    Mutant("KL sign", (replaced("k1", lambda k1: lambda p, q: k1(q, p)),)),
-    Mutant("KL mean over the response", (kl_becomes(lambda x, mask: x / mask.sum(1, keepdim=True)),)),
-    Mutant("KL absolute value", (kl_becomes(lambda x, mask: x.abs()),)),
-    Mutant("KL clamped at 0", (kl_becomes(lambda x, mask: x.clamp(min=0)),)),
-    Mutant("k2 in the reward", (replaced("k1", lambda k1: kl.k2),)),
-    Mutant("k3 in the reward", (replaced("k1", lambda k1: kl.k3),)),
-    Mutant("beta halved", (kl_becomes(lambda x, mask: x / 2),)),
-    Mutant("beta doubled", (kl_becomes(lambda x, mask: x * 2),)),
-    Mutant("KL dropped", (kl_becomes(lambda x, mask: x * 0),)),
-    Mutant("KL of EOS dropped", (reference_becomes(lambda b: torch.where(b.tokens_BT == EOS, b.logprobs_BT, b.ref_logprobs_BT)),)),
-    Mutant("KL of the last action dropped", (kl_becomes(lambda x, mask: x * ~last_action(mask)),)),
-    Mutant("KL of the first action dropped", (kl_becomes(lambda x, mask: x * ~first_action(mask)),)),
-    Mutant("KL one token late", (kl_becomes(lambda x, mask: shifted(x, 1)),)),
-    Mutant("k1 as a loss", (replaced("kl_loss", k1_loss),), {"kl": {**KL_IN_LOSS, "estimator": "k2"}}),
-    Mutant("k2 as a loss per token", (), {"kl": {**KL_IN_LOSS, "estimator": "k2"}}),
-    Mutant("k3 as a loss", (), {"kl": {**KL_IN_LOSS, "estimator": "k3"}}),
+    bug("KL sign", replaced("k1", lambda k1: lambda p, q: k1(q, p))),
+    bug("KL mean over the response", kl_becomes(lambda x, mask: x / mask.sum(1, keepdim=True))),
+    bug("KL absolute value", kl_becomes(lambda x, mask: x.abs())),
+    bug("KL clamped at 0", kl_becomes(lambda x, mask: x.clamp(min=0))),
+    bug("k2 in the reward", replaced("k1", lambda k1: kl.k2)),
+    bug("k3 in the reward", replaced("k1", lambda k1: kl.k3)),
+    bug("beta halved", kl_becomes(lambda x, mask: x / 2)),
+    bug("beta doubled", kl_becomes(lambda x, mask: x * 2)),
+    bug("KL dropped", kl_becomes(lambda x, mask: x * 0)),
+    bug("KL of EOS dropped", reference_becomes(lambda b: b.ref_logprobs_BT.where(b.tokens_BT != EOS, b.logprobs_BT))),
+    bug("KL of the last action dropped", kl_becomes(lambda x, mask: x * ~last_action(mask))),
+    bug("KL of the first action dropped", kl_becomes(lambda x, mask: x * ~first_action(mask))),
+    bug("k1 as a loss", replaced("kl_loss", k1_loss), kl=KL_AS_LOSS),
+    bug("k2 as a loss per token", kl=KL_AS_LOSS),
+    bug("k3 as a loss", kl={**KL_AS_LOSS, "estimator": "k3"}),
     # The reference
-    Mutant("reference is the old policy", (reference_becomes(lambda b: b.logprobs_BT),)),
-    Mutant("reference shifted by one token", (reference_becomes(lambda b: shifted(b.ref_logprobs_BT, 1)),)),
-    Mutant("reference of another row", (reference_becomes(lambda b: b.ref_logprobs_BT.roll(1, 0)),)),
-    Mutant("reference at temperature 1", (forward_at(1.0, "evaluate_rollouts", 3),)),
+    bug("reference is the old policy", reference_becomes(lambda b: b.logprobs_BT)),
+    bug("reference shifted by one token", reference_becomes(lambda b: shifted(b.ref_logprobs_BT, 1))),
+    bug("reference of another row", reference_becomes(lambda b: b.ref_logprobs_BT.roll(1, 0))),
+    bug("reference at temperature 1", called_at_temperature_1("evaluate_rollouts", model=3)),
     # The score
-    Mutant("score one token early", (score_on(one_early),)),
-    Mutant("score one slot late", (score_on(one_late),)),
-    Mutant("score on the first action", (score_on(first_action),)),
-    Mutant("score on every action", (score_on(lambda mask: mask),)),
-    Mutant("score twice", (scores_become(lambda s, mask: 2 * s),)),
-    Mutant("score divided by the length", (scores_become(lambda s, mask: s / mask.sum(1)),)),
-    Mutant("score of another row", (scores_become(lambda s, mask: s.roll(1)),)),
-    Mutant("score whitened per batch", (scores_become(lambda s, mask: (s - s.mean()) / s.std()),)),
-    Mutant("score dropped without EOS", (scores_become(only_ended),)),
-    Mutant("score clipped at 0.5", (replaced("clip_scores", lambda f: lambda s, limit: f(s, 0.5)),)),
-    Mutant("score not clipped", (replaced("clip_scores", lambda f: lambda s, limit: s),)),
-    Mutant("missing-EOS penalty on all", (replaced("missing_eos_penalty", lambda f: lambda s, r, c: [x - c.value for x in s]),)),
-    Mutant("missing-EOS penalty never", (replaced("missing_eos_penalty", lambda f: lambda s, r, c: s),)),
-    Mutant("rewards whitened without their mean", (replaced("whiten", lambda f: lambda *a, center: f(*a, center=True)),), {"whiten_rewards": True}),
+    bug("score one token early", score_on(one_early)),
+    bug("score one slot late", score_on(one_late)),
+    bug("score on the first action", score_on(first_action)),
+    bug("score on every action", score_on(lambda mask: mask)),
+    bug("score twice", scores_become(lambda s, mask: 2 * s)),
+    bug("score divided by the length", scores_become(lambda s, mask: s / mask.sum(1))),
+    bug("score of another row", scores_become(lambda s, mask: s.roll(1))),
+    bug("score whitened per batch", scores_become(lambda s, mask: (s - s.mean()) / s.std())),
+    bug("score dropped at the budget", scores_become(lambda s, mask: s * (mask.sum(1) < BUDGET))),
+    bug("score clipped at 0.5", replaced("clip_scores", lambda clip: lambda s, limit: clip(s, 0.5))),
+    bug("score not clipped", replaced("clip_scores", lambda clip: lambda s, limit: s)),
+    bug(
+        "missing-EOS penalty on all",
+        replaced("missing_eos_penalty", lambda _: lambda s, r, c: [x - c.value for x in s]),
+    ),
+    bug("missing-EOS penalty never", replaced("missing_eos_penalty", lambda _: lambda s, r, c: s)),
+    bug("rewards whitened without their mean", replaced("whiten", always_centred), whiten_rewards=True),
     # The mask
-    Mutant("EOS is no action", (after("make_batch", set_field("action_mask_BT", lambda b: b.action_mask_BT & (b.tokens_BT != EOS))),)),
-    Mutant("first token is no action", (after("make_batch", set_field("action_mask_BT", lambda b: b.action_mask_BT & ~first_action(b.action_mask_BT))),)),
-    Mutant("a padding token is an action", (after("make_batch", set_field("action_mask_BT", with_one_pad)),)),
+    bug("EOS is no action", actions_become(lambda b: b.action_mask_BT & (b.tokens_BT != EOS))),
+    bug("first token is no action", actions_become(lambda b: b.action_mask_BT & ~first_action(b.action_mask_BT))),
+    bug("a padding token is an action", actions_become(lambda b: b.action_mask_BT | one_late(b.action_mask_BT))),
     # Advantages and the critic
-    Mutant("gamma 0.95", (), {"gamma": 0.95}),
-    Mutant("gamma 0", (), {"gamma": 0.0}),
-    Mutant("advantages one token late", (after("estimate_advantages", set_field("advantages_BT", lambda b: shifted(b.advantages_BT, 1) * b.action_mask_BT)),)),
-    Mutant("advantages one token early", (after("estimate_advantages", set_field("advantages_BT", lambda b: shifted(b.advantages_BT, -1) * b.action_mask_BT)),)),
-    Mutant("advantages negated", (after("estimate_advantages", set_field("advantages_BT", lambda b: -b.advantages_BT)),)),
-    Mutant("advantages centred per response", (replaced("whiten", centred_per_row),)),
-    Mutant("baseline sign", (replaced("gae", lambda gae: lambda r, v, m, **k: gae(r, -v, m, **k)),)),
-    Mutant("critic sees the action", (replaced("forward", lambda f: lambda self, *a: self.scalar(*a), Critic),)),
-    Mutant("critic never trained", (), {"value_coef": 0.0}),
-    Mutant("value loss sign", (replaced("value_loss", lambda f: lambda *a, **k: (-f(*a, **k)[0], f(*a, **k)[1])),)),
-    Mutant("cut answers bootstrapped", (), {"bootstrap_truncated": True}),
+    bug("gamma 0.95", gamma=0.95),
+    bug("gamma 0", gamma=0.0),
+    bug("advantages one token late", advantages_become(lambda b: shifted(b.advantages_BT, 1))),
+    bug("advantages one token early", advantages_become(lambda b: shifted(b.advantages_BT, -1))),
+    bug("advantages negated", advantages_become(lambda b: -b.advantages_BT)),
+    bug("advantages centred per response", replaced("whiten", centred_per_row)),
+    bug("baseline sign", replaced("gae", lambda gae: lambda r, v, mask, **k: gae(r, -v, mask, **k))),
+    bug("critic sees the action", replaced("forward", lambda _: lambda self, *a: self.scalar(*a), Critic)),
+    bug("critic never trained", value_coef=0.0),
+    bug("value loss sign", replaced("value_loss", negated_loss)),
+    bug("cut answers bootstrapped", bootstrap_truncated=True),
     # The policy loss
-    Mutant("ratio inverted", (replaced("_log_ratio", lambda f: lambda *a: -f(*a), losses),)),
-    Mutant("clipped term with the wrong sign", (larger_of(lambda a, b: torch.max(a, -b)),)),
-    Mutant("entropy bonus", (), {"entropy_coef": 0.05, "whiten_advantages": False}),
-    Mutant("old log-probabilities of another row", (after("evaluate_rollouts", set_field("logprobs_BT", lambda b: b.logprobs_BT.roll(1, 0))), after("evaluate_rollouts", set_field("ref_logprobs_BT", lambda b: b.ref_logprobs_BT.roll(1, 0))))),
-    Mutant("update at temperature 1", (forward_at(1.0, "ppo_loss", 0),)),
-    Mutant("training at temperature 1", (replaced("forward", untempered_policy, Policy),)),
-    Mutant("dropout", (policy_logprobs_become(lambda x: torch.nn.functional.dropout(x, 0.1)),)),
+    bug("ratio inverted", replaced("_log_ratio", lambda ratio: lambda *a: -ratio(*a), losses)),
+    bug("clipped term with the wrong sign", larger_of(lambda a, b: torch.max(a, -b))),
+    bug("entropy bonus", entropy_coef=0.05, whiten_advantages=False),
+    bug("old log-probabilities of another row", after("evaluate_rollouts", rolled_logprobs)),
+    bug("update at temperature 1", called_at_temperature_1("ppo_loss", model=0)),
+    bug("training at temperature 1", replaced("forward", untempered, Policy)),
+    bug("dropout", replaced("forward", with_dropout, Policy)),
     # The sampler
-    Mutant("top-k 2", (samples_from(top_k),)),
-    Mutant("top-p 0.7", (samples_from(top_p),)),
-    Mutant("greedy sampling", (samples_from(lambda logits: 1e4 * logits),)),
-    Mutant("EOS never sampled", (samples_from(without_eos),)),
-    # Equal optimum
-    Mutant("lambda 0", (), {"lam": 0.0}, False, "TD errors vanish at the optimum"),
-    Mutant("lambda 1", (), {"lam": 1.0}, False, "unbiased whatever the critic says"),
-    Mutant("advantages not whitened", (), {"whiten_advantages": False}, False, "a positive factor"),
-    Mutant("returns from whitened advantages", (after("estimate_advantages", set_field("returns_BT", lambda b: b.advantages_BT + b.values_BT)),), {}, False, "the critic rests where the mean advantage is 0"),
-    Mutant("KL from the sampler's log-probabilities", (reference_becomes(lambda b: b.ref_logprobs_BT + b.logprobs_BT - b.sampler_logprobs_BT),), {}, False, "equal to the old ones"),
-    Mutant("mean over tokens, then rows", (replaced("policy_loss", per_sequence_mean),), {}, False, "positive weights"),
-    Mutant("ratio always 1", (replaced("policy_loss", lambda f: lambda p, q, *a, **k: f(p, p.detach(), *a, **k)),), {}, False, "plain policy gradient"),
-    Mutant("minimum instead of maximum", (larger_of(torch.minimum),), {}, False, "no trust region, same gradient at ratio 1"),
-    Mutant("sampler at temperature 1", (samples_from(lambda logits: 0.8 * logits),), {}, False, "full support: TD errors still vanish"),
-]  # fmt: skip
+    bug("top-k 2", samples_from(top_k)),
+    bug("top-p 0.7", samples_from(top_p)),
+    bug("EOS never sampled", samples_from(without_eos)),
+]
+
+HARMLESS = [
+    harmless("no mutation", "the experiment itself"),
+    harmless("lambda 0", "TD errors vanish at the optimum", lam=0.0),
+    harmless("lambda 1", "unbiased whatever the critic says", lam=1.0),
+    harmless("advantages not whitened", "a positive factor", whiten_advantages=False),
+    harmless(
+        "returns from whitened advantages",
+        "the critic rests where the mean advantage is 0, as before",
+        after("estimate_advantages", lambda b: setattr(b, "returns_BT", b.advantages_BT + b.values_BT)),
+    ),
+    harmless(
+        "KL from the sampler's log-probabilities",
+        "they are the old ones, up to rounding",
+        reference_becomes(lambda b: b.ref_logprobs_BT + b.logprobs_BT - b.sampler_logprobs_BT),
+    ),
+    harmless("mean over tokens, then rows", "positive weights", replaced("policy_loss", per_sequence_mean)),
+    harmless("ratio always 1", "the plain policy gradient", replaced("policy_loss", ratio_one)),
+    harmless("minimum instead of maximum", "no trust region, the same gradient at ratio 1", larger_of(torch.minimum)),
+    harmless("sampler at temperature 1", "full support: TD errors still vanish", samples_from(lambda z: 0.8 * z)),
+]

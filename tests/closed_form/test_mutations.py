@@ -1,4 +1,4 @@
-"""The tabular experiment as a test of tests: which injected bugs does it see?
+"""Which injected bugs does the tabular experiment see?
 
 A mutant is caught when training stops with an error, or ends farther from pi* than `TABLE_TOLERANCE`, the tolerance
 that the unmutated run has to meet. Every mutant's distance is a property of the JUnit report, and the table is printed.
@@ -10,13 +10,10 @@ import dataclasses
 from collections.abc import Callable
 
 import pytest
-from mutants import MUTANTS, Mutant
-from token_mdp import ppo_config, run_table
+from mutants import BUGS, HARMLESS, Mutant
+from token_mdp import TABLE_TOLERANCE, ppo_config, run_table
 
 from rlhf.errors import InvariantError
-
-TABLE_TOLERANCE = 0.02
-UNMUTATED = Mutant("no mutation", changes_optimum=False)
 
 
 def outcome(mutant: Mutant) -> float | str:
@@ -48,13 +45,13 @@ def report(results: dict[str, float | str], record: Callable[[str, object], None
 
 
 def test_bugs_that_move_the_optimum_are_caught(record_property: Callable[[str, object], None]) -> None:
-    results = {m.name: outcome(m) for m in MUTANTS if m.changes_optimum}
+    results = {bug.name: outcome(bug) for bug in BUGS}
     table = report(results, record_property)
     assert len(results) >= 20
     assert sum(map(is_caught, results.values())) >= 0.95 * len(results), table
 
 
 def test_changes_that_leave_the_optimum_still_reach_it(record_property: Callable[[str, object], None]) -> None:
-    results = {m.name: outcome(m) for m in [UNMUTATED, *MUTANTS] if not m.changes_optimum}
+    results = {change.name: outcome(change) for change in HARMLESS}
     table = report(results, record_property)
     assert not any(map(is_caught, results.values())), table

@@ -44,6 +44,7 @@ from rlhf.types import Rollout
 
 VOCABULARY, EOS, BUDGET = 4, 3, 4
 PROMPT = [EOS]
+TABLE_TOLERANCE = 0.02  # total variation between the trained table and pi*; training starts at about 0.6
 DEAD = sum(EOS**length for length in range(BUDGET))  # 40 prefixes may be continued; all others share this state
 
 
@@ -57,7 +58,7 @@ def all_responses() -> list[tuple[int, ...]]:
 
 
 class TokenMDP:
-    """Responses with a known reward: N(1, 1) and reproducible. The mean of 1 leaves pi* as it is, but not what a bug does.
+    """Responses with a known reward: N(1, 1) and reproducible. Adding 1 to all leaves pi* as it is; bugs it moves.
 
     `rewards_R` is the raw score; `effective_rewards_R(cfg)` is what the configuration makes of it (clip, then the
     missing-EOS rule), written down here a second time.
@@ -153,7 +154,7 @@ class TableBackbone(nn.Module):
 
 
 class TableLM(nn.Module):
-    """A causal language model whose head [V, S] holds the logits of every prefix; as `generate` and `Policy` need it."""
+    """A causal language model, as `generate` and `Policy` need it; its head [V, S] holds the logits of every prefix."""
 
     base_model_prefix = "backbone"
 

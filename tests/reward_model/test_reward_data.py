@@ -16,11 +16,13 @@ from reward_model.data import (
     tokenize_rankings,
     wins_from_ranks,
 )
+from rlhf.config_schema import DatasetConfig
+from rlhf.data.records import prompt_id, read_rankings
 from rlhf.data.templates import prompt_tokens
 from rlhf.errors import DataError
 from rlhf.types import Ranking
 
-PREFIX = [2, 5, 6]  # <|im_start|> user :, as the tiny template opens
+PREFIX = [2, 5, 7]  # <|im_start|> user :, as the tiny template opens
 
 
 def tokenized(tiny: Any, *rankings: Ranking, max_length: int = 64, truncation: str = "keep_end") -> Any:
@@ -97,12 +99,13 @@ def test_seeds_split_differently_and_too_few_prompts_are_an_error() -> None:
         split_by_prompt(items[:2], 0.1, 0)
 
 
-def test_a_prompt_of_several_rows_is_one_group_whatever_its_id(tiny: Any) -> None:
-    """Rows of one prompt, one of them with an id from the sampler, must not fall on both sides."""
-    from rlhf.data.records import prompt_id
-
-    rows = [Ranking("why", ["a", "the"], [1, 2]), Ranking("why", ["a", "the"], [1, 2], prompt_id=prompt_id("why"))]
-    assert len({i.group for i in tokenized(tiny, *rows).items}) == 1
+def test_a_prompt_of_several_rows_is_one_group_whatever_its_id(tiny: Any, jsonl: Any) -> None:
+    """Rows of one prompt, one of them with the sampler's id, must not fall on both sides."""
+    row = {"prompt": "why", "responses": ["a", "the"], "ranks": [1, 2]}
+    path = jsonl("r.jsonl", [row, {**row, "prompt_id": prompt_id("why")}, {**row, "prompt": "how"}])
+    rankings = read_rankings(DatasetConfig(path=path))
+    first, second, other = [i.group for i in tokenized(tiny, *rankings).items]
+    assert first == second != other
 
 
 def test_ragged_batches_are_padded_under_a_mask() -> None:

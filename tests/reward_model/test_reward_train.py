@@ -22,7 +22,8 @@ from rlhf.runs import RunOptions
 from rlhf.types import Ranking
 
 GOOD, MIDDLE, POOR = "the sun is hot", "rain and the sun", "rain and rain and rain"
-WORDS = "star light moon sea sky blue red water cloud wind tree leaf bird fish good bad".split()
+TOPICS = "star light moon sea sky blue red water cloud wind tree leaf bird fish good bad"
+WORDS = TOPICS.split()
 
 
 @pytest.fixture
@@ -89,7 +90,10 @@ def test_without_demonstrations_training_answers_have_mean_0_and_deviation_1(
     result = train.main(cfg, RunOptions())
     model = RewardModel.load(result.outputs["reward_model"], runtime, tokenizer=tiny.tokenizer)
     rows = [
-        row for line in Path(rankings).read_text().splitlines() for pair in pairs_of(one(tiny, json.loads(line))) for row in pair.rows
+        row
+        for line in Path(rankings).read_text().splitlines()
+        for pair in pairs_of(one(tiny, json.loads(line)))
+        for row in pair.rows
     ]
     scores = torch.tensor(model.score_tokens(rows))
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-4)

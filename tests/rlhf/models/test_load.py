@@ -97,7 +97,10 @@ def test_an_unknown_hub_id_is_explained_offline(load: Any) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"final_logit_softcapping": 30.0}, "transforms its logits"), ({"is_encoder_decoder": True}, "encoder-decoder")],
+    [
+        ({"final_logit_softcapping": 30.0}, "transforms its logits"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+    ],
 )
 def test_models_that_would_be_read_wrongly_are_refused(tiny: Any, tmp_path: Path, change: Any, message: str) -> None:
     config = json.loads((Path(tiny.path) / "config.json").read_text())

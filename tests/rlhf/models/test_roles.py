@@ -56,7 +56,12 @@ def test_policy_and_critic_have_their_own_learning_rates(stage_config: Any, runt
     cfg = stage_config("ppo", critic_lr=5e-3, optim={"lr": 1e-3, "weight_decay": 0.1})
     roles = build_roles(cfg, runtime)
     groups = roles.parameter_groups(cfg)
-    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (1e-3, 0.0), (5e-3, 0.1), (5e-3, 0.0)]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [
+        (1e-3, 0.1),
+        (1e-3, 0.0),
+        (5e-3, 0.1),
+        (5e-3, 0.0),
+    ]
     counted = [id(p) for g in groups for p in g["params"]]
     assert sorted(counted) == sorted(id(p) for p in roles.actor_critic.parameters())
 
@@ -67,7 +72,10 @@ def test_everything_is_in_evaluation_mode_and_eos_is_known(stage_config: Any, ru
     assert roles.eos_ids == (3,)
 
 
-@pytest.mark.parametrize(("precision", "kind", "copies"), [("fp32", "full", False), ("bf16", "full", True), ("bf16", "lora", False)])
+@pytest.mark.parametrize(
+    ("precision", "kind", "copies"),
+    [("fp32", "full", False), ("bf16", "full", True), ("bf16", "lora", False)],
+)
 def test_the_sampler_has_the_policy_s_current_weights(
     stage_config: Any, precision: str, kind: str, copies: bool
 ) -> None:

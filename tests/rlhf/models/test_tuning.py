@@ -148,7 +148,9 @@ def test_warm_up_by_hand() -> None:
 
 
 def test_cosine_by_hand() -> None:
-    assert factors(4, schedule="cosine") == pytest.approx([1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
+    assert factors(4, schedule="cosine") == pytest.approx(
+        [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
+    )
 
 
 def test_constant() -> None:
@@ -166,7 +168,9 @@ def test_no_step_is_wasted(schedule: Any, warmup: float) -> None:
 def test_every_group_keeps_its_own_rate() -> None:
     weight = torch.nn.Parameter(torch.ones(2, 2))
     other = torch.nn.Parameter(torch.ones(2))
-    groups = [{"params": [p], "lr": lr, "base_lr": lr, "weight_decay": 0.0} for p, lr in ((weight, 1e-3), (other, 1e-2))]
+    groups = [
+        {"params": [p], "lr": lr, "base_lr": lr, "weight_decay": 0.0} for p, lr in ((weight, 1e-3), (other, 1e-2))
+    ]
     cfg = OptimConfig(lr=1e-3, betas=(0.8, 0.9), eps=1e-6)
     optimizer = build_optimizer(groups, cfg)
     assert set_lr(optimizer, cfg, step=1, total=4) == pytest.approx(7.5e-4)

@@ -14,12 +14,24 @@ from rlhf.errors import DataError
 from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows, minibatch_rows, pad_right
 from rlhf.types import Rollout, StopReason
 
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why? \u2603 \"quoted\""}]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Why? \u2603 "quoted"'}]
 
 
 def rollouts() -> list[Rollout]:
     return [
-        Rollout("why", "so", [5, 6, 3], [False, True, True], [0.0, -0.5, -1.25], StopReason.EOS, "a", -2.5, 1.5, "sft", 4),
+        Rollout(
+            "why",
+            "so",
+            [5, 6, 3],
+            [False, True, True],
+            [0.0, -0.5, -1.25],
+            StopReason.EOS,
+            "a",
+            -2.5,
+            1.5,
+            "sft",
+            4,
+        ),
         Rollout(CHAT, "", [5, 6, 7, 8], [False, False, False, True], [0.0, 0.0, 0.0, -3.0], StopReason.LENGTH),
     ]
 
@@ -128,9 +140,7 @@ def test_the_ranks_together_read_one_stream(world_size: int) -> None:
     per_rank = 8 // world_size
     stream = [row_at(i, 11, seed=5) for i in range(48)]
     for step in (0, 5, 2):  # in any order: a resumed run needs the step alone
-        ranks = [
-            rows_for_step(step, per_rank, 11, seed=5, rank=r, world_size=world_size) for r in range(world_size)
-        ]
+        ranks = [rows_for_step(step, per_rank, 11, seed=5, rank=r, world_size=world_size) for r in range(world_size)]
         assert [row for rank in ranks for row in rank] == stream[8 * step : 8 * step + 8]
 
 

@@ -35,7 +35,9 @@ def collected(tiny: Any) -> list[Rollout]:
 
 
 def test_copies_follow_their_prompt(collected: list[Rollout], tiny: Any) -> None:
-    assert [r.prompt_id for r in collected] == [f"id-{t}" for t in ("explain the sun", "why", "how is rain water") for _ in range(8)]
+    assert [r.prompt_id for r in collected] == [
+        f"id-{t}" for t in ("explain the sun", "why", "how is rain water") for _ in range(8)
+    ]
     for r in collected:
         prompt = prompt_tokens(tiny.tokenizer, r.prompt, chat=True)
         assert r.tokens[: len(prompt)] == prompt

@@ -34,9 +34,7 @@ def fixed_uniforms(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None
 # --- draw -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("u", "index"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.7499, 2), (0.75, 4), (0.999999, 4)]
-)
+@pytest.mark.parametrize(("u", "index"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.7499, 2), (0.75, 4), (0.999999, 4)])
 def test_draw_inverts_the_cumulative_sum(monkeypatch: pytest.MonkeyPatch, u: float, index: int) -> None:
     # cumulative: 0, 1/4, 3/4, 3/4, 1, 1: the empty cells 0, 3 and 5 are never drawn
     fixed_uniforms(monkeypatch, [u])
@@ -167,6 +165,10 @@ def test_ragged_prompts_get_the_logprobs_of_their_own_context(lm: Any) -> None:
 def test_on_tokens_counts_every_new_token(lm: Any) -> None:
     seen: list[int] = []
     drawn = generate(
-        lm, PROMPTS, GenerationSettings((3,), 12), generator=torch.Generator().manual_seed(0), on_tokens=seen.append
+        lm,
+        PROMPTS,
+        GenerationSettings((3,), 12),
+        generator=torch.Generator().manual_seed(0),
+        on_tokens=seen.append,
     )
     assert sum(seen) == sum(len(c.tokens) for c in drawn)

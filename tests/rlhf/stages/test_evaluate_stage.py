@@ -33,7 +33,12 @@ def other(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 def record(stage_config: Any, tiny: Any, other: str) -> tuple[Path, dict[str, Any]]:
     policies = {"base": tiny.path, "sft": tiny.path, "ppo": other}
     cfg = stage_config(
-        "evaluate", policies=policies, reference=tiny.path, base=tiny.path, reward_model=tiny.reward, samples_per_prompt=3
+        "evaluate",
+        policies=policies,
+        reference=tiny.path,
+        base=tiny.path,
+        reward_model=tiny.reward,
+        samples_per_prompt=3,
     )
     result = evaluate.main(cfg, RunOptions())
     written = json.loads(Path(result.outputs["evaluation"]).read_text())
@@ -79,7 +84,11 @@ def test_samples_stand_side_by_side(record: Any) -> None:
     assert len(written["samples"]) == 10
     for entry in written["samples"]:
         assert entry["prompt"].startswith("explain")
-        assert {name: len(answers) for name, answers in entry["answers"].items()} == {"base": 3, "sft": 3, "ppo": 3}
+        assert {name: len(answers) for name, answers in entry["answers"].items()} == {
+            "base": 3,
+            "sft": 3,
+            "ppo": 3,
+        }
 
 
 def test_a_policy_against_itself_wins_half(stage_config: Any, tiny: Any) -> None:

@@ -24,6 +24,7 @@ from rlhf.runs import RunOptions
 from rlhf.stages import pipeline
 
 ROOT = Path(__file__).resolve().parents[3]
+TOPICS = "sun star light moon sea sky blue red water rain cloud wind"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
 
 
@@ -31,7 +32,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
 def file(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline's YAML; its run folder, beside it, was filled by one real run through subprocesses."""
     root = tmp_path_factory.mktemp("pipeline")
-    words = "sun star light moon sea sky blue red water rain cloud wind".split()
+    words = TOPICS.split()
     answers = ["the sun is hot .", "rain is water .", "it is a big star .", "we see the light ."]
     rows = [{"prompt": f"explain {w}", "completion": answers[i % 4]} for i, w in enumerate(words)]
     data = {"path": str(root / "rows.jsonl")}
@@ -43,10 +44,23 @@ def file(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": tiny.path,
         "precision": "fp32",
         "tracking": {"wandb": "off"},
-        "sft": {"dataset": data, "batch_size": 4, "micro_batch_size": 4, "max_length": 64, "lr": 1e-2, "epochs": 2},
+        "sft": {
+            "dataset": data,
+            "batch_size": 4,
+            "micro_batch_size": 4,
+            "max_length": 64,
+            "lr": 1e-2,
+            "epochs": 2,
+        },
         "sample": {"prompts": data, "completions_per_prompt": 3, "sampling": sampling},
         "label": {"annotators": [{"name": "ada", "noise": 0.5}, {"name": "bob"}], "heldout_fraction": 0.25},
-        "reward": {"loss": "all_pairs", "normalise_on": data, "batch_size": 4, "micro_batch_size": 2, "max_length": 64},
+        "reward": {
+            "loss": "all_pairs",
+            "normalise_on": data,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "max_length": 64,
+        },
         "ppo": {"prompts": data, "sampling": sampling, "steps": 2, "batch_size": 8, "optim": {"lr": 1e-3}},
         "evaluate": {"prompts": data, "sampling": sampling, "samples_per_prompt": 2},
     }
@@ -217,5 +231,11 @@ def test_a_launcher_starts_the_stages_with_a_model(copy: Path, monkeypatch: pyte
     monkeypatch.setattr(pipeline.subprocess, "run", record)
     run(copy, "launcher=accelerate launch --config_file 'my file.yaml'", resume="never")
     launched = ["accelerate", "launch", "--config_file", "my file.yaml"]
-    assert {stage for stage, head in seen.items() if head == launched} == {"sft", "sample", "reward", "ppo", "evaluate"}
+    assert {stage for stage, head in seen.items() if head == launched} == {
+        "sft",
+        "sample",
+        "reward",
+        "ppo",
+        "evaluate",
+    }
     assert seen["label"] == seen["report"] == [sys.executable]

@@ -94,7 +94,10 @@ def test_without_completion_only_everything_is_trained(config: Any, monkeypatch:
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"learning_rat": 1e-3}, "trainer.learning_rat: unknown to trl.SFTConfig; did you mean 'learning_rate'?"),
+        (
+            {"learning_rat": 1e-3},
+            "trainer.learning_rat: unknown to trl.SFTConfig; did you mean 'learning_rate'?",
+        ),
         ({"learning_rate": 1e-3}, "trainer.learning_rate is set by our own keys"),
         ({"output_dir": "x"}, "trainer.output_dir is set by our own keys"),
     ],
@@ -115,5 +118,5 @@ def test_keys_for_trl_arrive(config: Any) -> None:
 
 def test_a_prompt_that_leaves_no_room_is_named(config: Any, jsonl: Any) -> None:
     path = jsonl("long.jsonl", [{"prompt": "why", "completion": "so"}, {"prompt": "why " * 80, "completion": "so"}])
-    with pytest.raises(DataError, match="long.jsonl:2: the prompt has 87 tokens, max_length is 64"):
+    with pytest.raises(DataError, match=r"long\.jsonl:2: the prompt has 87 tokens, max_length is 64"):
         sft.main(config(dataset={"path": path}), RunOptions())
