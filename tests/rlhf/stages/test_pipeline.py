@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def stages_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return subprocess.CompletedProcess(command, result.exit_code)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.subprocess, "run", run)
+        patch.setattr(pipeline, "subprocess", SimpleNamespace(run=run))
         yield started
 
 
@@ -170,8 +171,8 @@ def test_edited_demonstrations_run_everything(copy: Path) -> None:
         rows.write_text(text)
 
 
-def test_an_edited_policy_is_not_taken_for_the_trained_one(copy: Path) -> None:
-    """A lost output: what reads it cannot go on, so its stage must run again."""
+def test_a_lost_output_is_made_again(copy: Path) -> None:
+    """What reads it cannot go on, so its stage is not done."""
     shutil.rmtree(copy.parent / "run" / "sft" / "final")
     assert states(copy)[:1] == ["sft"]
 
@@ -201,7 +202,7 @@ def test_a_pipeline_killed_in_the_middle_goes_on_from_there(copy: Path, stages_r
 
 def test_a_failing_stage_stops_the_pipeline_with_its_code(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 7)
-    monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
     with pytest.raises(StageError, match="stage ppo ended with exit code 7"):
         run(copy, "ppo.gamma=0.5")
     assert states(copy, "ppo.gamma=0.5") == ["ppo", "evaluate", "report"]
@@ -228,7 +229,7 @@ def test_a_launcher_starts_the_stages_with_a_model(copy: Path, monkeypatch: pyte
         seen[stage] = command[: command.index("-m")]
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(pipeline.subprocess, "run", record)
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=record))
     run(copy, "launcher=accelerate launch --config_file 'my file.yaml'", resume="never")
     launched = ["accelerate", "launch", "--config_file", "my file.yaml"]
     assert {stage for stage, head in seen.items() if head == launched} == {
