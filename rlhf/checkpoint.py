@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.errors import CheckpointError
+from rlhf.files import atomic_write, fsync_path
 
 FORMAT = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
@@ -40,37 +41,6 @@ SPACE_FACTOR = 1.05
 _DISK_FIX = "free disk space or set run_dir to another disk; older checkpoints are intact"
 
 Json = dict[str, Any]
-
-
-def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Replace `path` by `data` so that a reader, or a crash, sees the old file or the new one.
-
-    Text is written as UTF-8. The folder must exist.
-
-    Raises:
-        OSError: the disk is full or the folder not writable; the old file is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    """Bring a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
@@ -118,10 +88,10 @@ def write_manifest(folder: str | Path, head: Json) -> None:
     """
     folder, files = Path(folder), {}
     for path in _files_below(folder):
-        _fsync(path)
+        fsync_path(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     for inner in sorted({path.parent for path in _files_below(folder)} - {folder}, reverse=True):
-        _fsync(inner)
+        fsync_path(inner)
     # Through JSON once, so that the hash is of what a reader gets (text keys, lists for tuples).
     body = json.loads(json.dumps({"format": FORMAT, **head, "files": files}))
     atomic_write(folder / MANIFEST, _manifest_text(body))
@@ -328,7 +298,7 @@ def _swap_in(staging: Path, final: Path, aside: Path) -> None:
     if final.exists():
         os.rename(final, aside)
     os.rename(staging, final)
-    _fsync(final.parent)
+    fsync_path(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

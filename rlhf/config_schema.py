@@ -241,6 +241,13 @@ class PPOStage(StageConfig):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}")
         if (self.ptx is None) != (self.ptx_coef == 0):
             raise ValueError("ptx and ptx_coef go together; set both or neither")
+        if self.kl.kind == "adaptive" and self.kl.coef == 0:
+            raise ValueError("kl.coef 0 stays 0 under adaptive control; set kl.coef > 0 or kl.kind: fixed")
+        shortest = 0.2 * self.batch_size  # from there on one step of the controller could turn the sign
+        if self.kl.kind == "adaptive" and self.kl.horizon <= shortest:
+            raise ValueError(
+                f"kl.horizon {self.kl.horizon} is too short; set it above {shortest:g}, a fifth of batch_size"
+            )
         if self.tuning.dropout:
             raise ValueError(
                 "tuning.dropout must be 0 in PPO: dropout makes the first ratio differ from 1; set it to 0"

@@ -10,8 +10,10 @@ from rich.console import Console
 
 from rlhf.config import dump, resolve_path
 from rlhf.config_schema import DatasetConfig, PipelineStage
+from rlhf.errors import DataError
 from rlhf.models import bundled
 
+DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 MODEL_KEYS = {"model", "reference", "reward_model", "base"}
 
 
@@ -21,15 +23,15 @@ def describe(stage: str, cfg: Any) -> None:
     Raises:
         RlhfError: an input is missing or malformed.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if isinstance(cfg, PipelineStage):
         from rlhf.stages.pipeline import plan
 
         for planned in plan(cfg):
-            console.print(f"[bold]{planned.stage}[/bold] -> {planned.cfg.run_dir}: {planned.state}")
+            console.print(f"{planned.stage} -> {planned.cfg.run_dir}: {planned.state}", style="bold")
             _inputs(planned.stage, planned.cfg, console, produced=cfg.run_dir)
         return
-    console.print(f"[bold]{stage}[/bold] would run with:\n{dump(cfg)}", markup=True)
+    console.print(f"{stage} would run with:\n{dump(cfg)}")
     _inputs(stage, cfg, console, produced=None)
 
 
@@ -39,6 +41,8 @@ def _inputs(stage: str, cfg: BaseModel, console: Console, *, produced: str | Non
             _dataset(stage, key, value, console, produced)
         elif key in MODEL_KEYS and isinstance(value, str):
             _model(key, value, console, produced)
+        elif key in ("rollouts", "evaluate_dir"):
+            _file(key, value, console, produced)
         elif key == "policies":
             for name, model in value.items():
                 _model(f"policies.{name}", model, console, produced)
@@ -50,7 +54,8 @@ def _dataset(stage: str, key: str, cfg: DatasetConfig, console: Console, produce
     if _comes_later(cfg.path, produced):
         console.print(f"  {key}: {cfg.path} (an earlier stage writes it)")
         return
-    if not Path(resolve_path(cfg.path)).exists() and cfg.path.count("/") == 1 and not cfg.path.startswith("."):
+    looks_local = cfg.path.startswith((".", "/", "~", "shipped:")) or cfg.path.endswith(DATA_SUFFIXES)
+    if not Path(resolve_path(cfg.path)).exists() and not looks_local and cfg.path.count("/") <= 1:
         console.print(f"  {key}: hub data set {cfg.path}, split {cfg.split} (not read in a dry run)")
         return
     read = records.read_prompts
@@ -59,6 +64,17 @@ def _dataset(stage: str, key: str, cfg: DatasetConfig, console: Console, produce
     elif stage == "reward":
         read = records.read_rankings
     console.print(f"  {key}: {cfg.path}, {len(read(cfg))} rows")
+
+
+def _file(key: str, path: str, console: Console, produced: str | None) -> None:
+    if _comes_later(path, produced):
+        console.print(f"  {key}: {path} (an earlier stage writes it)")
+        return
+    needed = Path(path) / "evaluation.json" if key == "evaluate_dir" else Path(path)
+    if not needed.is_file():
+        stage = "evaluate" if key == "evaluate_dir" else "sample"
+        raise DataError(f"{key}: there is no {needed}", fix=f"run `rlhf {stage}` first, or correct the path")
+    console.print(f"  {key}: {needed}")
 
 
 def _model(key: str, name: str, console: Console, produced: str | None) -> None:

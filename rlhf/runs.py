@@ -10,12 +10,14 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf.checkpoint import atomic_write
 from rlhf.config import dump, fingerprint
 from rlhf.config_schema import StageConfig
-from rlhf.types import RunResult
+from rlhf.files import atomic_write
+
+if TYPE_CHECKING:  # rlhf.types imports torch, which the command line does without
+    from rlhf.types import RunResult
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
 

@@ -6,6 +6,7 @@ Everything that differs between one CPU, one GPU and many nodes is in this file 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ class Runtime:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.is_main: bool = accelerator.is_main_process
+        self.skipped_in_a_row = 0
 
     @classmethod
     def start(cls, *, seed: int, precision: str) -> Runtime:
@@ -45,8 +47,11 @@ class Runtime:
         # accelerate with DeepSpeed on CPU believes that every rank is alone unless the backend is named.
         name_backend = launched > 1 and not torch.cuda.is_available()
         handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if name_backend else []
-        accelerator = Accelerator(kwargs_handlers=handlers)
-        if accelerator.num_processes != launched:
+        # accelerate's launcher does not hand `use_cpu` on: unasked, every rank would train alone.
+        on_cpu = name_backend and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers)
+        alone = accelerator.num_processes != launched or (launched > 1 and accelerator.distributed_type.value == "NO")
+        if alone:
             raise InvariantError(
                 f"the launcher started {launched} processes, accelerate sees {accelerator.num_processes}",
                 fix="start with `accelerate launch --config_file launch/<file>.yaml -m rlhf ...`",
@@ -99,7 +104,9 @@ class Runtime:
         """
         norm = self._accelerator.clip_grad_norm_(module.parameters(), max_grad_norm)
         norm = float(norm) if norm is not None else float("nan")
-        if self.uses_deepspeed or (norm == norm and norm != float("inf")):
+        finite = math.isfinite(norm)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if finite or self.uses_deepspeed:
             optimizer.step()
         optimizer.zero_grad()
         return norm

@@ -21,7 +21,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rlhf.checkpoint import atomic_write
+from rlhf.files import atomic_write
 
 if TYPE_CHECKING:
     from rlhf.config_schema import TrackingConfig

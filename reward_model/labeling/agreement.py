@@ -86,12 +86,7 @@ def majority(votes: Sequence[Judgment]) -> dict[Pair, float]:
     return {pair: lower / (higher + lower) for pair, (higher, lower) in counts.items()}
 
 
-def dawid_skene(
-    votes: Sequence[Judgment],
-    *,
-    max_iterations: int = 100,
-    tolerance: float = 1e-8,
-) -> DawidSkene:
+def dawid_skene(votes: Sequence[Judgment], *, max_iterations: int = 100, tolerance: float = 1e-8) -> DawidSkene:
     """Weighs votes by how reliable each annotator turns out to be, by expectation-maximisation.
 
     Model. For pair p, z_p = 1 if its lower-indexed response is the better, with P(z_p = 1) = 1/2: how

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -93,7 +94,7 @@ def _load(auto_class: Any, name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
         setattr(config, key, value)
     try:
         return auto_class.from_pretrained(resolve_model(name), config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _explained(name, error) from None
 
 

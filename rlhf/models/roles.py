@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from rlhf.config_schema import PPOStage
 from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer
 from rlhf.models.policy import ActorCritic, Policy
 from rlhf.models.tuning import apply_tuning, merge_tuning, parameter_groups, storage_dtype
-from rlhf.models.value import Critic, ScalarModel, load_scalar_model
+from rlhf.models.value import NORMALISATION_FILE, Critic, ScalarModel, load_scalar_model
 from rlhf.runtime import Runtime
 
 
@@ -64,8 +65,8 @@ class Roles:
         policy, critic = self.actor_critic.policy, self.actor_critic.critic
         decay = cfg.optim.weight_decay
         return [
-            *parameter_groups(policy, lr=cfg.optim.lr, weight_decay=decay),
-            *parameter_groups(critic, lr=cfg.critic_lr or cfg.optim.lr, weight_decay=decay),
+            *parameter_groups(policy, lr=cfg.optim.lr, weight_decay=decay, role="policy"),
+            *parameter_groups(critic, lr=cfg.critic_lr or cfg.optim.lr, weight_decay=decay, role="critic"),
         ]
 
     def export(self, run_dir: Path, dtype: torch.dtype) -> None:
@@ -74,6 +75,13 @@ class Roles:
             with export_folder(run_dir / name) as folder:
                 merge_tuning(handle).to(dtype).save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
+                if name == "critic":
+                    moments = (
+                        self.actor_critic.critic.get_buffer("scalar.mean"),
+                        self.actor_critic.critic.get_buffer("scalar.std"),
+                    )
+                    record = {"mean": float(moments[0]), "std": float(moments[1])}
+                    (folder / NORMALISATION_FILE).write_text(json.dumps(record))
 
 
 def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:

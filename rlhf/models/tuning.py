@@ -72,7 +72,7 @@ def load_trainable(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             parameters[name].copy_(value)
 
 
-def parameter_groups(module: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, *, lr: float, weight_decay: float, role: str = "") -> list[dict[str, Any]]:
     """AdamW groups of the trained parameters: matrices decay; norms, biases and scalar heads do not."""
     decayed, plain = [], []
     for name, parameter in module.named_parameters():
@@ -80,7 +80,7 @@ def parameter_groups(module: nn.Module, *, lr: float, weight_decay: float) -> li
             is_matrix = parameter.dim() >= 2 and ".score." not in f".{name}"
             (decayed if is_matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [{**g, "lr": lr, "base_lr": lr} for g in groups if g["params"]]
+    return [{**g, "lr": lr, "base_lr": lr, "role": role} for g in groups if g["params"]]
 
 
 def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
@@ -88,14 +88,16 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-def set_lr(optimizer: Any, cfg: OptimConfig, step: int, total: int) -> float:
+def set_lr(optimizer: Any, cfg: OptimConfig, step: int, total: int, *, frozen: str = "") -> float:
     """Set every group's learning rate for optimizer step `step` of `total`; returns the first group's.
+
+    Groups of the role `frozen` get 0: neither gradient, nor weight decay, nor momentum moves them.
 
     Stateless, so a resumed run needs no scheduler state.
     """
     factor = lr_factor(cfg, step, total)
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        group["lr"] = 0.0 if frozen and group.get("role") == frozen else group["base_lr"] * factor
     return optimizer.param_groups[0]["lr"]
 
 

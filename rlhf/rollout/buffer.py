@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.checkpoint import atomic_write
 from rlhf.errors import DataError
+from rlhf.files import atomic_write
 from rlhf.types import Rollout, RolloutBatch, StopReason
 
 SCHEMA_VERSION = 1

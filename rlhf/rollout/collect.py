@@ -9,6 +9,7 @@ import torch
 
 from rlhf.config_schema import MissingEOSConfig
 from rlhf.data.templates import TokenizedPrompt
+from rlhf.errors import DataError
 from rlhf.rollout.generate import GenerationSettings, generate
 from rlhf.types import Rollout, StopReason
 
@@ -28,6 +29,7 @@ def collect(
 
     `decode` makes the text that people and programs read; nothing downstream tokenises that text again.
     """
+    check_context(lm, prompts, settings)
     completions = generate(
         lm, [p.tokens for p in prompts], settings, generator=generator, copies=copies, on_tokens=on_tokens
     )
@@ -49,6 +51,23 @@ def collect(
             )
         )
     return rollouts
+
+
+def check_context(lm: Any, prompts: Sequence[TokenizedPrompt], settings: GenerationSettings) -> None:
+    """Every prompt and its longest answer fit into what the model can read.
+
+    Raises:
+        DataError: one does not; names it, its length and the limit.
+    """
+    limit = getattr(lm.config, "max_position_embeddings", None)
+    for prompt in prompts:
+        length = len(prompt.tokens)
+        if limit is not None and length + settings.max_new_tokens > limit:
+            raise DataError(
+                f"{prompt.record.where}: {length} prompt tokens and up to {settings.max_new_tokens} new do not fit "
+                f"into the model's context of {limit}",
+                fix=f"set max_prompt_tokens: {limit - settings.max_new_tokens} with overlong: skip, or shorten it",
+            )
 
 
 def missing_eos_penalty(scores: Sequence[float], rollouts: Sequence[Rollout], cfg: MissingEOSConfig) -> list[float]:

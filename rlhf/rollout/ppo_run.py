@@ -60,6 +60,9 @@ class PPORun:
             CheckpointError: the checkpoint belongs to another configuration.
         """
         with Progress(stage="ppo", enabled=runtime.is_main) as progress:
+            if options.resume == "never" and runtime.is_main:
+                set_aside(Path(cfg.run_dir) / "checkpoints")
+            runtime.barrier()
             saver = Saver(cfg, runtime, module, optimizer, kl_control, say=progress.say)
             if options.resume == "auto":
                 saver.restore()
@@ -190,6 +193,15 @@ class Saver:
                 {"config": learned_fingerprint(self._cfg)},
             )
         self._runtime.barrier()
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a folder of an earlier run to `<name>.old-N`: never resumed by mistake, never lost."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    if folder.exists():
+        folder.rename(aside)
 
 
 def sample_row(rollout: Rollout, kl: float) -> dict[str, Any]:

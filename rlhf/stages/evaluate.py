@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from reward_model.model import RewardModel
-from rlhf.checkpoint import atomic_write
 from rlhf.config_schema import EvaluateStage
 from rlhf.data.order import generator_for
 from rlhf.data.records import read_prompts
 from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths
 from rlhf.eval.diversity import distinct_n
 from rlhf.eval.winrate import mean_interval, win_rate
+from rlhf.files import atomic_write
 from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer
 from rlhf.models.policy import Policy
 from rlhf.progress import Progress

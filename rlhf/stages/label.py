@@ -240,8 +240,8 @@ def _judgment_line(vote: Judgment, groups: Sequence[Group]) -> dict[str, Any]:
 
 def _write(result: LabelResult, cfg: LabelStage) -> dict[str, str]:
     """Write every file whole, the report last; returns the next stage's inputs."""
-    from rlhf.checkpoint import atomic_write
     from rlhf.data.records import write_rankings
+    from rlhf.files import atomic_write
 
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

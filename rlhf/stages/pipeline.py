@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import shlex
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
-from rlhf.checkpoint import atomic_write
 from rlhf.config import fingerprint, resolve_path, validate
 from rlhf.config_schema import PipelineStage
 from rlhf.errors import StageError
+from rlhf.files import atomic_write
 from rlhf.runs import RunOptions
-from rlhf.types import RunResult
+
+if TYPE_CHECKING:
+    from rlhf.types import RunResult
 
 ORDER = ("sft", "sample", "label", "reward", "ppo", "evaluate", "report")
 
@@ -67,6 +70,8 @@ def main(cfg: PipelineStage, options: RunOptions) -> RunResult:
     console.print(
         f"\npipeline finished in {time.perf_counter() - began:.0f} s: {cfg.run_dir}/report.html", markup=False
     )
+    from rlhf.types import RunResult  # imports torch: not before it is needed
+
     return RunResult(cfg.run_dir, {})
 
 
@@ -170,7 +175,10 @@ def _finished(stage: str) -> str:
 
 def _is_done(folder: Path, stage: str, key: str) -> bool:
     file = folder / _finished(stage)
-    return file.is_file() and file.read_text() == key and (folder / "result.json").is_file()
+    if not (file.is_file() and file.read_text() == key and (folder / "result.json").is_file()):
+        return False
+    outputs = json.loads((folder / "result.json").read_text())["outputs"]
+    return all(Path(path).exists() for path in outputs.values() if Path(path).is_relative_to(folder))
 
 
 def _clear_if_changed(folder: Path, planned: Planned) -> None:

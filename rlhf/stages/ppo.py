@@ -73,7 +73,9 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
             estimate_advantages(batch, cfg, runtime)
             with run.phase("update"):
                 # 5. Epochs of minibatches on the clipped objective.
-                lr = set_lr(optimizer, cfg.optim, step, cfg.steps)
+                lr = set_lr(
+                    optimizer, cfg.optim, step, cfg.steps, frozen="policy" if step < cfg.critic_warmup_steps else ""
+                )
                 sums = train(actor_critic, optimizer, batch, epochs, cfg, runtime, step=step, ptx=ptx)
             metrics = step_metrics(batch, rollouts, sums, runtime, kl_coef=kl_control.coef)
             # 6. The KL controller answers to the KL that was measured.
@@ -253,7 +255,6 @@ def train(
 ) -> dict[str, float]:
     """`epochs x minibatches` optimizer steps; returns global sums of statistics over all of them."""
     totals: dict[str, float] = {}
-    skipped_in_a_row = 0
     for epoch, minibatches in enumerate(epochs):
         epoch_sums: dict[str, float] = {}
         for index, rows in enumerate(minibatches):
@@ -261,10 +262,9 @@ def train(
             deviation = sums.pop("max_ratio_deviation")
             if epoch == 0 and index == 0:
                 assert_first_ratio(deviation, runtime)
-            skipped_in_a_row = skipped_in_a_row + 1 if sums["skipped"] else 0
-            if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            if runtime.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise InvariantError(
-                    f"step {step}: the gradient was not finite {skipped_in_a_row} times in a row",
+                    f"step {step}: the gradient was not finite {runtime.skipped_in_a_row} times in a row",
                     fix="lower optim.lr or max_grad_norm, and look at samples.jsonl of this step",
                 )
             add_into(epoch_sums, sums)

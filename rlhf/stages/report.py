@@ -24,8 +24,8 @@ def main(cfg: ReportStage, ctx: Any = None) -> RunResult:
     Raises:
         DataError: evaluation.json is missing, or an input is malformed; nothing is written then.
     """
-    from rlhf.checkpoint import atomic_write
     from rlhf.eval.report import build_summary, render_report
+    from rlhf.files import atomic_write
 
     summary, page = build_summary(cfg), render_report(cfg)
     folder = Path(cfg.run_dir)

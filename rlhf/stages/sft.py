@@ -145,7 +145,10 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
         if key not in known:
             hint = did_you_mean(key, known)
             raise ConfigError(f"trainer.{key}: unknown to trl.SFTConfig{hint}", fix="correct or remove it")
-    return SFTConfig(**{**defaults, **cfg.trainer, **ours})
+    try:
+        return SFTConfig(**{**defaults, **cfg.trainer, **ours})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: trl.SFTConfig refuses it: {error}", fix="correct the value") from None
 
 
 def trained_examples(trainer: Any) -> list[tuple[list[int], list[bool]]]:

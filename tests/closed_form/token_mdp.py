@@ -235,7 +235,7 @@ def ppo_config(**changes: Any) -> PPOStage:
         "epochs": 3,
         "minibatches": 2,
         "optim": {"lr": 0.07, "betas": (0.8, 0.95), "schedule": "cosine"},
-        "critic_lr": 0.07,
+        "critic_lr": 0.15,
         "kl": {"kind": "fixed", "coef": 0.5},
         "value_coef": 1.0,
         "value_clip_range": 1.0,
