@@ -32,6 +32,9 @@ from rlhf.runtime import Runtime
 from rlhf.tracking import Tracker
 from rlhf.types import RunResult
 
+NORMALISATION_ROWS = 160
+"""Training responses, at most, whose deviation becomes the unit of the score: known to 6% (1 / sqrt(2 * 160))."""
+
 
 def main(cfg: RewardStage, options: RunOptions) -> RunResult:
     """Leaves `final/` (AutoModelForSequenceClassification with its normalisation) and metrics.jsonl."""
@@ -206,7 +209,7 @@ def normalise(
 ) -> dict[str, Any]:
     """Set and return mean (of demonstrations, else of training responses) and std (of training responses)."""
     responses = [row for item in train for row in item.rows]
-    responses = responses[:: max(1, len(responses) // 256)]
+    responses = responses[:: math.ceil(len(responses) / NORMALISATION_ROWS)]
     if cfg.normalise_on is not None:
         zero = [
             prompt_tokens(tokenizer, d.prompt, chat=cfg.normalise_on.chat)

@@ -86,11 +86,11 @@ def run_stage(stage: str, config_name: str, overrides: list[str], *, dry_run: bo
     if stage == "pipeline":
         module.main(cfg, options)
         return
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    began = runs.begin(cfg) if is_main else 0.0
-    result = module.main(cfg, options)
-    if is_main:
-        runs.finish(cfg, stage, result, began)
+    if int(os.environ.get("RANK", "0")) == 0:
+        with runs.recorded(cfg, stage) as record:
+            record(module.main(cfg, options))
+    else:
+        module.main(cfg, options)
 
 
 def _shielded(action) -> None:  # type: ignore[no-untyped-def]

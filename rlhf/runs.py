@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import resource
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import dump, fingerprint
 from rlhf.config_schema import StageConfig
+from rlhf.errors import CheckpointError
 from rlhf.files import atomic_write
 
 if TYPE_CHECKING:  # rlhf.types imports torch, which the command line does without
@@ -64,22 +67,34 @@ def git_revision() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def begin(cfg: StageConfig) -> float:
-    """Make the run folder and write down what runs; returns the start time for `finish`."""
+@contextlib.contextmanager
+def recorded(cfg: StageConfig, stage: str) -> Iterator[Callable[[RunResult], None]]:
+    """Make the run folder and write down what runs; call what this yields with the result.
+
+    That writes result.json, the sign that the stage is done. A run that is refused because the checkpoints belong to
+    another configuration leaves the config.yaml that they do belong to.
+    """
+    began = time.perf_counter()
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "config.yaml", dump(cfg))
+    path = folder / "config.yaml"
+    earlier = path.read_text(encoding="utf-8") if path.exists() else None
+    atomic_write(path, dump(cfg))
     atomic_write(folder / "environment.json", json.dumps(environment(), indent=1))
-    return time.perf_counter()
+    try:
+        yield lambda result: _finish(cfg, stage, result, time.perf_counter() - began)
+    except CheckpointError:
+        if earlier is not None:
+            atomic_write(path, earlier)
+        raise
 
 
-def finish(cfg: StageConfig, stage: str, result: RunResult, began: float) -> None:
-    """Write result.json, the sign that the stage is done."""
+def _finish(cfg: StageConfig, stage: str, result: RunResult, wall_s: float) -> None:
     record = {
         "stage": stage,
         "config_sha256": fingerprint(cfg),
         "seed": cfg.seed,
-        "wall_s": round(time.perf_counter() - began, 2),
+        "wall_s": round(wall_s, 2),
         "peak_rss_gb": peak_rss_gb(),
         "summary": result.summary,
         "outputs": result.outputs,

@@ -41,6 +41,8 @@ class Runtime:
             InvariantError: the launcher started more processes than accelerate sees; each would train alone.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find, without its warning
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,18 @@ def _load(auto_class: Any, name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
         raise _explained(name, error) from None
 
 
+@contextlib.contextmanager
+def _quiet(*, unless: bool) -> Iterator[None]:
+    """transformers' warnings off."""
+    level = transformers_logging.get_verbosity()
+    if not unless:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
 def load_sequence_classifier(name: str, *, dtype: torch.dtype) -> Any:
     """A one-label `AutoModelForSequenceClassification`; from a language model the head is new.
 
@@ -110,7 +124,8 @@ def load_sequence_classifier(name: str, *, dtype: torch.dtype) -> Any:
     is_classifier = any("SequenceClassification" in a for a in (config.architectures or []))
     if is_classifier and config.num_labels != 1:
         raise ModelError(f"{name} has {config.num_labels} labels", fix="use a reward model with one label")
-    model = _load(AutoModelForSequenceClassification, name, dtype, num_labels=1)
+    with _quiet(unless=is_classifier):  # a new head is expected here, so no report of a missing one
+        model = _load(AutoModelForSequenceClassification, name, dtype, num_labels=1)
     if not hasattr(model, "score"):
         raise ModelError(
             f"{name} ({config.model_type}) has no `score` head", fix="use a Llama/Qwen/Gemma/Mistral class model"

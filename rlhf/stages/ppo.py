@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
                 lr = set_lr(
                     optimizer, cfg.optim, step, cfg.steps, frozen="policy" if step < cfg.critic_warmup_steps else ""
                 )
-                sums = train(actor_critic, optimizer, batch, epochs, cfg, runtime, step=step, ptx=ptx)
+                learner = Learner(actor_critic, optimizer, cfg, runtime, step, kl_control.coef)
+                sums = train(learner, batch, epochs, ptx)
             metrics = step_metrics(batch, rollouts, sums, runtime, kl_coef=kl_control.coef)
             # 6. The KL controller answers to the KL that was measured.
             kl_control.update(metrics["objective/kl"], n=cfg.batch_size * runtime.world_size)
@@ -242,23 +244,30 @@ def last_values(batch: RolloutBatch) -> Tensor:
 # --- the update -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What is trained, and what holds during one step's updates."""
+
+    actor_critic: Any
+    optimizer: Any
+    cfg: PPOStage
+    runtime: Runtime
+    step: int
+    kl_coef: float
+
+
 def train(
-    actor_critic: Any,
-    optimizer: Any,
-    batch: RolloutBatch,
-    epochs: list[list[Tensor]],
-    cfg: PPOStage,
-    runtime: Runtime,
-    *,
-    step: int,
-    ptx: Sequence[Rollout] = (),
+    learner: Learner, batch: RolloutBatch, epochs: list[list[Tensor]], ptx: Sequence[Rollout] = ()
 ) -> dict[str, float]:
     """`epochs x minibatches` optimizer steps; returns global sums of statistics over all of them."""
+    cfg, runtime, step = learner.cfg, learner.runtime, learner.step
     totals: dict[str, float] = {}
     for epoch, minibatches in enumerate(epochs):
         epoch_sums: dict[str, float] = {}
         for index, rows in enumerate(minibatches):
-            sums = update(actor_critic, optimizer, batch, rows, cfg, runtime, step=step, ptx=ptx)
+            nth = (step * len(epochs) + epoch) * len(minibatches) + index
+            texts = ptx_texts(ptx, nth, min(len(rows), cfg.micro_batch_size), cfg, runtime)
+            sums = update(learner, batch, rows, texts)
             deviation = sums.pop("max_ratio_deviation")
             if epoch == 0 and index == 0:
                 assert_first_ratio(deviation, runtime)
@@ -275,35 +284,28 @@ def train(
     return totals
 
 
-def update(
-    actor_critic: Any,
-    optimizer: Any,
-    batch: RolloutBatch,
-    rows: Tensor,
-    cfg: PPOStage,
-    runtime: Runtime,
-    *,
-    step: int,
-    ptx: Sequence[Rollout],
-) -> dict[str, float]:
-    """One optimizer step on `rows`, through as many micro-batches as memory asks for."""
+def update(learner: Learner, batch: RolloutBatch, rows: Tensor, texts: Sequence[Rollout]) -> dict[str, float]:
+    """One optimizer step on `rows`, through as many micro-batches as memory asks for, and on pretraining `texts`."""
+    actor_critic, cfg, runtime = learner.actor_critic, learner.cfg, learner.runtime
     parts = micro_batches(batch, [rows], cfg)
     denominator = runtime.denominator(int(batch.action_mask_BT[rows].sum()))
     sums: dict[str, Tensor] = {}
     deviation = 0.0
     for i, part_rows in enumerate(parts):
         part = batch.select(part_rows)
-        is_last = i + 1 == len(parts) and not ptx
+        is_last = i + 1 == len(parts) and not texts
         with runtime.accumulate(actor_critic, last=is_last):
-            loss, stats = ppo_loss(actor_critic, part, cfg, runtime, denominator=denominator, step=step)
+            loss, stats = ppo_loss(
+                actor_critic, part, cfg, runtime, denominator=denominator, step=learner.step, kl_coef=learner.kl_coef
+            )
             deviation = max(deviation, float(stats.pop("max_ratio_deviation")))
             runtime.backward(loss)
         for name, value in stats.items():
             sums[name] = sums.get(name, 0) + value.detach()
-    if ptx:
+    if texts:
         with runtime.accumulate(actor_critic, last=True):
-            runtime.backward(ptx_loss(actor_critic, ptx, rows, cfg, runtime, step=step))
-    norm = runtime.step(actor_critic, optimizer, max_grad_norm=cfg.optim.max_grad_norm)
+            runtime.backward(ptx_loss(actor_critic, texts, cfg, runtime))
+    norm = runtime.step(actor_critic, learner.optimizer, max_grad_norm=cfg.optim.max_grad_norm)
     finite = norm == norm and norm != float("inf")
     reduced = reduce_sums(sums, runtime)
     return {
@@ -316,7 +318,14 @@ def update(
 
 
 def ppo_loss(
-    actor_critic: Any, part: RolloutBatch, cfg: PPOStage, runtime: Runtime, *, denominator: float, step: int
+    actor_critic: Any,
+    part: RolloutBatch,
+    cfg: PPOStage,
+    runtime: Runtime,
+    *,
+    denominator: float,
+    step: int,
+    kl_coef: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy loss + value loss (+ KL loss - entropy bonus) of one micro-batch; and sums of statistics."""
     mask_BT = part.action_mask_BT
@@ -340,7 +349,7 @@ def ppo_loss(
     actor = policy
     if cfg.kl.place == "loss":
         kl = kl_loss(logprobs_BT, part.ref_logprobs_BT, mask_BT, estimator=cfg.kl.estimator, denominator=denominator)
-        actor = actor + cfg.kl.coef * kl
+        actor = actor + kl_coef * kl
     if cfg.entropy_coef:
         actor = actor - cfg.entropy_coef * masked_sum(entropy_BT, mask_BT) / denominator
     if step < cfg.critic_warmup_steps:
@@ -355,13 +364,19 @@ def ppo_loss(
     return actor + cfg.value_coef * value, stats
 
 
-def ptx_loss(
-    actor_critic: Any, ptx: Sequence[Rollout], rows: Tensor, cfg: PPOStage, runtime: Runtime, *, step: int
-) -> Tensor:
-    """`ptx_coef` x mean negative log-likelihood of as many pretraining rows as a micro-batch has."""
-    count = min(len(rows), cfg.micro_batch_size, len(ptx))
-    picks = rows_for_step(step, count, len(ptx), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size)
-    batch = RolloutBuffer([ptx[i] for i in picks]).batch(runtime.device)
+def ptx_texts(ptx: Sequence[Rollout], nth: int, count: int, cfg: PPOStage, runtime: Runtime) -> list[Rollout]:
+    """This rank's pretraining texts for the run's `nth` optimizer step: other ones each time, all of them in turn."""
+    if not ptx:
+        return []
+    rows = rows_for_step(
+        nth, min(count, len(ptx)), len(ptx), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size
+    )
+    return [ptx[i] for i in rows]
+
+
+def ptx_loss(actor_critic: Any, texts: Sequence[Rollout], cfg: PPOStage, runtime: Runtime) -> Tensor:
+    """`ptx_coef` x mean negative log-likelihood of pretraining texts (Ouyang 2022, equation 2)."""
+    batch = RolloutBuffer(texts).batch(runtime.device)
     with runtime.autocast():
         logprobs_BT, _, values_BT = actor_critic(batch.tokens_BT, batch.attention_mask_BT, batch.action_mask_BT)
     denominator = runtime.denominator(int(batch.action_mask_BT.sum()))

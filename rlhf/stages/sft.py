@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from rlhf.checkpoint import export_folder
 from rlhf.config import did_you_mean
 from rlhf.config_schema import DatasetConfig, SFTStage
-from rlhf.data.records import Demonstration, read_demonstrations
-from rlhf.data.templates import as_chat, show_examples
+from rlhf.data.records import read_demonstrations
+from rlhf.data.templates import prompt_tokens, response_tokens, show_examples
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.load import load_causal_lm, load_tokenizer
 from rlhf.models.tuning import lora_config, merge_tuning, storage_dtype
@@ -31,12 +31,6 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
 
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     tokenizer = load_tokenizer(cfg.model)
-    train = to_dataset(read_demonstrations(cfg.dataset), tokenizer, cfg.dataset, cfg)
-    evaluation = (
-        to_dataset(read_demonstrations(cfg.eval_dataset), tokenizer, cfg.eval_dataset, cfg)
-        if cfg.eval_dataset
-        else None
-    )
     with (
         Progress(stage="sft", enabled=runtime.is_main) as progress,
         Tracker.open(
@@ -49,6 +43,8 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
             say=progress.say,
         ) as tracker,
     ):
+        train = to_dataset(cfg.dataset, tokenizer, cfg, progress)
+        evaluation = to_dataset(cfg.eval_dataset, tokenizer, cfg, progress) if cfg.eval_dataset else None
         reporter = Reporter(progress, tracker)
         trainer = SFTTrainer(
             model=load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype)),
@@ -73,30 +69,32 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
     return RunResult(cfg.run_dir, summary, {"model": str(final)})
 
 
-def to_dataset(rows: list[Demonstration], tokenizer: Any, source: DatasetConfig, cfg: SFTStage) -> Any:
-    """Demonstrations as TRL's prompt-completion dataset, conversational where the tokenizer has a chat template.
+def to_dataset(source: DatasetConfig, tokenizer: Any, cfg: SFTStage, progress: Progress) -> Any:
+    """Demonstrations as TRL's tokenized dataset: `input_ids`, and `labels` that are -100 where nothing is trained.
+
+    Tokenized here and not by TRL, so that every stage reads the same tokens: some chat templates end an answer
+    with a line break after EOS, which no sampled answer has and nothing would ever train away.
 
     Raises:
         DataError: a demonstration leaves no room for its completion within `max_length`.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
-    from rlhf.data.templates import prompt_tokens
-
-    chat = source.chat and tokenizer.chat_template is not None
+    disable_progress_bars()  # TRL cuts to max_length in a moment; its bars would tear ours
+    rows = read_demonstrations(source)
+    progress.phase("tokenize", total=len(rows), unit="rows")
     converted = []
     for row in rows:
-        length = len(prompt_tokens(tokenizer, row.prompt, chat=chat))
-        if length >= cfg.max_length:
+        prompt = prompt_tokens(tokenizer, row.prompt, chat=source.chat)
+        if len(prompt) >= cfg.max_length:
             raise DataError(
-                f"{row.where}: the prompt has {length} tokens, max_length is {cfg.max_length}: nothing to train",
+                f"{row.where}: the prompt has {len(prompt)} tokens, max_length is {cfg.max_length}: nothing to train",
                 fix="raise max_length, or shorten or remove the row",
             )
-        if chat:
-            prompt = as_chat(row.prompt)
-            converted.append({"prompt": prompt, "completion": [{"role": "assistant", "content": row.completion}]})
-        else:
-            converted.append({"prompt": row.prompt, "completion": row.completion})
+        tokens = prompt + response_tokens(tokenizer, row.completion, finished=True)
+        untrained = len(prompt) if cfg.completion_only_loss else 0
+        converted.append({"input_ids": tokens, "labels": [-100] * untrained + tokens[untrained:]})
+        progress.advance(1)
     return Dataset.from_list(converted)
 
 
@@ -108,6 +106,8 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
     """
     import dataclasses
 
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
     from trl.trainer.sft_config import SFTConfig
 
     on_cpu = not torch.cuda.is_available()
@@ -145,8 +145,17 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
         if key not in known:
             hint = did_you_mean(key, known)
             raise ConfigError(f"trainer.{key}: unknown to trl.SFTConfig{hint}", fix="correct or remove it")
+    # transformers refuses these two only when the model is loaded and the data are tokenized.
+    for key, choices in (("lr_scheduler_type", list(SchedulerType)), ("optim", list(OptimizerNames))):
+        if (value := cfg.trainer.get(key, choices[0])) not in choices:
+            known = [choice.value for choice in choices]
+            hint = did_you_mean(str(value), known)
+            raise ConfigError(f"trainer.{key}: {value!r} is unknown{hint}", fix=f"use one of {', '.join(known)}")
+    merged = {**defaults, **cfg.trainer, **ours}
+    if "activation_checkpointing" in known:  # what transformers 5.20 calls it; the old name warns on every run
+        merged.setdefault("activation_checkpointing", merged["gradient_checkpointing"])
     try:
-        return SFTConfig(**{**defaults, **cfg.trainer, **ours})
+        return SFTConfig(**merged)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"trainer: trl.SFTConfig refuses it: {error}", fix="correct the value") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -157,12 +158,17 @@ def test_micro_batches_change_nothing(models: Callable[[], tuple[Any, Any]]) -> 
 
 
 @pytest.mark.parametrize("coef", [0.2, 2.0], ids=["from-above", "from-below"])
-@pytest.mark.xfail(reason="known gap: from below the controller is slower than this run is long")
 def test_adaptive_kl_reaches_its_target(coef: float) -> None:
-    """The optimum's KL falls with beta; 0.2 and 2 lie on either side of the beta whose KL is the target."""
-    target, size = 0.6, 256
-    adaptive = {"kind": "adaptive", "coef": coef, "target": target, "horizon": size}
-    run = run_table(steps=40, batch_size=size, kl=adaptive, optim={"lr": 0.1, "schedule": "constant"})
-    uncontrolled = exact_kl(run.optimum_R, run.reference_R)
-    assert abs(uncontrolled - target) > 0.3
-    assert exact_kl(run.policy_R, run.reference_R) == pytest.approx(target, abs=0.15)
+    """The coefficient settles where the optimum's own KL, known exactly, is the target.
+
+    A horizon of three batches lets the coefficient move by 7% a step. Much faster, and it runs ahead of the policy
+    and swings around the target instead.
+    """
+    target, size = 0.6, 512
+    adaptive = {"kind": "adaptive", "coef": coef, "target": target, "horizon": 3 * size}
+    run = run_table(steps=80, batch_size=size, kl=adaptive, optim={"lr": 0.1, "betas": (0.8, 0.95)})
+    assert abs(exact_kl(run.optimum_R, run.reference_R) - target) > 0.4  # without control
+    assert exact_kl(run.policy_R, run.reference_R) == pytest.approx(target, abs=0.1)
+    settled = fmean(step["objective/kl_coef"] for step in run.metrics[-20:])
+    best_R, _ = optimum(run.reference_R, run.mdp.effective_rewards_R(run.cfg), settled)
+    assert exact_kl(best_R, run.reference_R) == pytest.approx(target, abs=0.1)

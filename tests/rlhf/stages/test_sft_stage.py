@@ -78,7 +78,6 @@ def test_only_the_answer_and_its_eos_are_trained(config: Any, tiny: Any, monkeyp
 
 
 @pytest.mark.model
-@pytest.mark.xfail(reason="known gap: the template's newline after EOS is trained in SFT")
 def test_nothing_after_the_eos_is_trained_with_the_real_template(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2's template writes a line break after <|im_end|>; no stage but SFT would ever see it."""
     tokenizer = load_tokenizer(bundled.NAME)
@@ -108,7 +107,6 @@ def test_keys_for_trl_are_checked(config: Any, trainer: dict[str, Any], message:
         sft.main(config(trainer=trainer), RunOptions())
 
 
-@pytest.mark.xfail(reason="known gap: some values are refused by trl only when the trainer is made")
 def test_a_value_that_trl_refuses_is_a_configuration_error(config: Any) -> None:
     with pytest.raises(ConfigError, match="lr_scheduler_type"):
         sft.main(config(trainer={"lr_scheduler_type": "sideways"}), RunOptions())
