@@ -155,6 +155,7 @@ class RewardStage(StageConfig):
     epochs: Positive = 1
     batch_size: Positive = Field(default=16, description="pairs or rankings per optimizer step and process")
     micro_batch_size: Positive = 8
+    share_prompts: bool = Field(default=True, description="read a prompt once for all of its responses")
     max_length: Positive = 1024
     truncation: Literal["keep_end", "error"] = Field(default="keep_end", description="drop the oldest tokens")
 

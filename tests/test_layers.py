@@ -28,7 +28,7 @@ LAYERS = [
     "rlhf.kl_control rlhf.progress",
     "rlhf.data rlhf.data.* rlhf.models rlhf.models.*",
     "rlhf.rollout rlhf.rollout.* rlhf.eval rlhf.eval.* "
-    "reward_model.model reward_model.data reward_model.labeling reward_model.labeling.*",
+    "reward_model.model reward_model.data reward_model.packing reward_model.labeling reward_model.labeling.*",
     "rlhf.stages rlhf.stages.* reward_model.train",
     "rlhf.cli rlhf.__main__ rlhf.dry_run rlhf.doctor",
 ]

@@ -11,41 +11,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlhf.checkpoint import export_folder
 from rlhf.config_schema import PPOStage
 from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer
 from rlhf.models.policy import ActorCritic, Policy
-from rlhf.models.tuning import apply_tuning, merge_tuning, parameter_groups, storage_dtype
+from rlhf.models.tuning import (
+    adapted_layers,
+    apply_tuning,
+    folded_weight,
+    merge_tuning,
+    parameter_groups,
+    shared_copy,
+    storage_dtype,
+)
 from rlhf.models.value import NORMALISATION_FILE, Critic, ScalarModel, load_scalar_model
 from rlhf.runtime import Runtime
 
 
 class Sampler:
-    """The policy as rollouts are drawn from it.
+    """The policy as rollouts are drawn from it: a plain language model in the run's precision.
 
-    Trained in float32 and sampled in bf16, a policy would have all of its weights cast anew for every token;
-    a bf16 copy, refreshed once per step, costs half its size in memory instead. In every other case the sampler
-    is the policy itself.
+    Decoding reads every weight for every token. So what training needs is taken out of its way once per step:
+    float32 weights that are sampled in bf16 are cast, adapters are folded in. Only parameters that this changes
+    take memory of their own; without any, the sampler is the policy itself.
     """
 
-    def __init__(self, lm: Any, runtime: Runtime) -> None:
-        self._source = lm
+    def __init__(self, lm: Any, runtime: Runtime, *, plain: Any = None) -> None:
+        """`plain`: for a policy with adapters, its `shared_copy` from before they were put in."""
         self._runtime = runtime
-        self._is_copy = runtime.dtype != torch.float32 and all(p.requires_grad for p in lm.parameters())
-        self._lm = runtime.freeze(copy.deepcopy(lm).to(runtime.dtype)) if self._is_copy else lm
+        self._source = lm
+        self._adapted = adapted_layers(lm, plain) if plain is not None else []
+        self._is_cast = plain is None and runtime.dtype != torch.float32
+        for layer, folded in self._adapted:
+            folded.weight = nn.Parameter(layer.get_base_layer().weight.detach().clone())
+        if plain is not None:
+            self._lm = runtime.freeze(plain)
+        else:
+            self._lm = runtime.freeze(copy.deepcopy(lm).to(runtime.dtype)) if self._is_cast else lm
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Any]:
         """The language model with the policy's current weights, in evaluation mode."""
-        if self._is_copy:
-            with torch.no_grad():
+        with torch.no_grad():
+            for layer, folded in self._adapted:
+                folded.weight.copy_(folded_weight(layer))
+            if self._is_cast:
                 for mine, theirs in zip(self._lm.parameters(), self._source.parameters(), strict=True):
                     mine.copy_(theirs)
-            yield self._lm
-        else:
-            with self._runtime.autocast():
-                yield self._lm
+        yield self._lm
 
 
 @dataclass
@@ -92,6 +107,7 @@ def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:
     """
     dtype = storage_dtype(cfg.tuning, runtime.dtype)
     lm = load_causal_lm(cfg.model, dtype=dtype)
+    plain = shared_copy(lm) if cfg.tuning.kind == "lora" else None
     policy_handle = apply_tuning(lm, cfg.tuning)
     scalar = _critic_scalar(cfg, dtype)
     critic_handle = apply_tuning(scalar.classifier, cfg.tuning, head=scalar.classifier.score)
@@ -106,7 +122,7 @@ def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:
         eos_ids=tuple(eos_token_ids(lm, tokenizer)),
         actor_critic=actor_critic,
         reference=reference,
-        sampler=Sampler(lm, runtime),
+        sampler=Sampler(lm, runtime, plain=plain),
         policy_handle=policy_handle,
         critic_handle=critic_handle,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -57,6 +58,23 @@ def apply_tuning(model: Any, cfg: TuningConfig, *, head: nn.Module | None = None
 def merge_tuning(handle: Any) -> Any:
     """The plain transformers model with its adapters folded into the weights; ends training."""
     return handle.merge_and_unload() if hasattr(handle, "merge_and_unload") else handle
+
+
+def shared_copy(model: Any) -> Any:
+    """The same modules over the same tensors; adapters that are put into `model` later do not reach the copy."""
+    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+
+
+def adapted_layers(model: Any, plain: Any) -> list[tuple[Any, Any]]:
+    """Every LoRA layer of `model` with the plain layer at the same place of its `shared_copy`."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(layer, plain.get_submodule(name)) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def folded_weight(layer: Any) -> torch.Tensor:
+    """W + scale * B A of a LoRA layer, added in float32."""
+    return layer.get_base_layer().weight.float() + layer.get_delta_weight(layer.active_adapters[0]).float()
 
 
 def trainable_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

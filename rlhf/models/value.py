@@ -36,10 +36,10 @@ class ScalarModel(nn.Module):
         self.mean.fill_(mean)
         self.std.fill_(std)
 
-    def forward(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """Normalised score after reading `tokens_BT[b, :t + 1]`, float32, shape [B, T]."""
+    def forward(self, tokens_BT: Tensor, attention_mask: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """Normalised score after reading `tokens_BT[b, :t + 1]`, float32, shape [B, T]; masks as `hidden_states`."""
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden_BTH = hidden_states(backbone, tokens_BT, attention_mask_BT)
+        hidden_BTH = hidden_states(backbone, tokens_BT, attention_mask, positions_BT)
         with torch.autocast(hidden_BTH.device.type, enabled=False):  # a scalar head in bf16 has 3 digits
             raw_BT = nn.functional.linear(hidden_BTH.float(), self.classifier.score.weight.float()).squeeze(-1)
         return (raw_BT - self.mean) / self.std

@@ -17,6 +17,7 @@ from reward_model.model import RewardModel
 from reward_model.train import forward, outcomes_of, ranking_loss, right_pairs
 from rlhf.data.templates import prompt_tokens, response_tokens
 from rlhf.errors import DataError
+from rlhf.models import value
 from rlhf.models.value import load_scalar_model
 from rlhf.runs import RunOptions
 from rlhf.types import Ranking
@@ -138,15 +139,31 @@ def test_micro_batches_do_not_change_the_parameters(config: Any, tmp_path: Path,
         assert max(float((other[name] - files[0][name]).abs().max()) for name in other) < 1e-6
 
 
+def test_shared_prompts_change_the_time_and_nothing_else(config: Any, tmp_path: Path) -> None:
+    files = []
+    for share in (True, False):
+        cfg = config(run_dir=str(tmp_path / str(share)), share_prompts=share, optim={"lr": 1e-4}, loss="all_pairs")
+        files.append(load_file(Path(train.main(cfg, RunOptions()).outputs["reward_model"]) / "model.safetensors"))
+    assert max(float((files[0][name] - files[1][name]).abs().max()) for name in files[0]) < 1e-6
+
+
+def test_a_model_that_ignores_masks_is_noticed(config: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden_states = value.hidden_states
+    monkeypatch.setattr(value, "hidden_states", lambda net, x, mask, at=None: hidden_states(net, x, x >= 0, None))
+    train.main(config(epochs=1), RunOptions())
+    assert "each prompt is read once per response" in capsys.readouterr().out
+
+
 # --- parts ----------------------------------------------------------------------------------------------------
 
 
-def test_scores_do_not_depend_on_the_rows_beside_them(tiny: Any, runtime: Any) -> None:
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_scores_do_not_depend_on_the_rows_beside_them(tiny: Any, runtime: Any, share_prompts: bool) -> None:
     scalar = load_scalar_model(tiny.reward, dtype=torch.float32).eval()
     items = [one(tiny, {"prompt": p, "responses": [GOOD, POOR], "ranks": [1, 2]}) for p in ("why", "how is the sea")]
     with torch.no_grad():
-        together, _ = forward(scalar, items, runtime)
-        alone = torch.cat([forward(scalar, [item], runtime)[0] for item in items])
+        together, _ = forward(scalar, items, runtime, share_prompts=share_prompts)
+        alone = torch.cat([forward(scalar, [item], runtime, share_prompts=False)[0] for item in items])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
@@ -156,8 +173,10 @@ def test_all_pairs_of_k_is_bradley_terry_on_its_pairs(tiny: Any, runtime: Any, c
     items = [one(tiny, {"prompt": "why", "responses": [MIDDLE, GOOD, POOR], "ranks": [2, 1, 3]})]
     pairs = pairs_of(items[0])
     with torch.no_grad():
-        k_way = ranking_loss(*forward(scalar, items, runtime), items, config(loss="all_pairs"))
-        pairwise = ranking_loss(*forward(scalar, pairs, runtime), pairs, config(loss="bradley_terry"))
+        scores = forward(scalar, items, runtime, share_prompts=True)
+        k_way = ranking_loss(*scores, items, config(loss="all_pairs"))
+        scores = forward(scalar, pairs, runtime, share_prompts=False)
+        pairwise = ranking_loss(*scores, pairs, config(loss="bradley_terry"))
     assert len(pairs) == 3
     assert float(k_way) == pytest.approx(float(pairwise), abs=1e-5)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.models.roles import Sampler, build_roles
+from rlhf.models.roles import build_roles
 from rlhf.models.value import load_scalar_model
 from rlhf.runtime import Runtime
 
@@ -72,23 +72,39 @@ def test_everything_is_in_evaluation_mode_and_eos_is_known(stage_config: Any, ru
     assert roles.eos_ids == (3,)
 
 
-@pytest.mark.parametrize(
-    ("precision", "kind", "copies"),
-    [("fp32", "full", False), ("bf16", "full", True), ("bf16", "lora", False)],
-)
-def test_the_sampler_has_the_policy_s_current_weights(
-    stage_config: Any, precision: str, kind: str, copies: bool
-) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_sampler_has_the_policy_s_current_weights(stage_config: Any, precision: str) -> None:
+    """Fully trained: cast once per step; in float32 it is the policy itself."""
     runtime = Runtime.start(seed=0, precision=precision)
-    roles = build_roles(stage_config("ppo", precision=precision, tuning={"kind": kind, "rank": 4}), runtime)
+    roles = build_roles(stage_config("ppo", precision=precision), runtime)
     lm = roles.actor_critic.policy.lm
-    sampler = Sampler(lm, runtime)
     with torch.no_grad():
         for p in lm.parameters():
-            if p.requires_grad:
-                p.add_(0.05)
-    with sampler.ready() as sampling:
-        assert (sampling is not lm) == copies
+            p.add_(0.05)
+    with roles.sampler.ready() as sampling:
+        assert (sampling is not lm) == (precision == "bf16")
         assert not sampling.training
         for mine, theirs in zip(sampling.parameters(), lm.parameters(), strict=True):
             assert torch.equal(mine, theirs.to(mine.dtype))
+
+
+def test_the_sampler_has_the_current_adapters_folded_in(stage_config: Any, tiny: Any) -> None:
+    """Step after step the same logits as the adapted policy, whose own weights stay; other weights are shared."""
+    runtime = Runtime.start(seed=0, precision="fp32")
+    roles = build_roles(stage_config("ppo", tuning={"kind": "lora", "rank": 4, "target_modules": ["q_proj"]}), runtime)
+    lm = roles.actor_critic.policy.lm
+    adapters = [p for p in lm.parameters() if p.requires_grad]
+    frozen = [p.clone() for p in lm.parameters() if not p.requires_grad]
+    tokens_BT = torch.randint(4, 30, (3, 9), generator=torch.Generator().manual_seed(0))
+    before = lm(tokens_BT).logits
+    for _ in range(2):
+        with torch.no_grad():
+            for p in adapters:
+                p.add_(0.3 * torch.randn_like(p))
+        with roles.sampler.ready() as sampling, torch.no_grad():
+            assert not any("lora" in name for name, _ in sampling.named_parameters())
+            torch.testing.assert_close(sampling(tokens_BT).logits, lm(tokens_BT).logits, atol=1e-5, rtol=1e-5)
+    assert (lm(tokens_BT).logits - before).abs().max() > 1e-2
+    assert all(map(torch.equal, frozen, [p for p in lm.parameters() if not p.requires_grad]))
+    own = {p.data_ptr() for p in sampling.parameters()} - {p.data_ptr() for p in lm.parameters()}
+    assert len(own) == lm.config.num_hidden_layers
