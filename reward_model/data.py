@@ -43,27 +43,27 @@ def tokenize_rankings(
 ) -> TokenizedRankings:
     """Tokens of every response as the policy sampled them, or from the text when they are not known.
 
+    A text that was edited after sampling counts for more than its tokens, which are made anew from it.
     Over-long rows keep their end (the response; the oldest prompt tokens go) or are refused, by `truncation`.
 
     Raises:
-        DataError: a row is longer than `max_length` and `truncation` is "error".
+        DataError: a row is longer than `max_length` and `truncation` is "error", or a prompt cannot be tokenised.
     """
     out = TokenizedRankings([])
-    for number, ranking in enumerate(rankings):
-        prompt = prompt_tokens(tokenizer, ranking.prompt, chat=chat)
+    for number, ranking in enumerate(rankings, 1):
+        prompt = _prompt_of(ranking, tokenizer, chat=chat, number=number)
         rows, lengths = [], []
         known = ranking.tokens is not None and all(t[: len(prompt)] == prompt for t in ranking.tokens)
-        out.retokenized += len(ranking.responses) if ranking.tokens is not None and not known else 0
         for i, response in enumerate(ranking.responses):
-            if known and ranking.tokens is not None:
-                tokens = ranking.tokens[i]
-            else:
+            tokens = ranking.tokens[i] if known and ranking.tokens is not None else None
+            if tokens is None or not _says(tokenizer, tokens[len(prompt) :], response):
                 tokens = prompt + response_tokens(tokenizer, response, finished=True)
+                out.retokenized += ranking.tokens is not None
             lengths.append(len(tokens) - len(prompt))
             if len(tokens) > max_length:
                 if truncation == "error":
                     raise DataError(
-                        f"ranking {number + 1}, response {i + 1}: {len(tokens)} tokens, max_length is {max_length}",
+                        f"ranking {number}, response {i + 1}: {len(tokens)} tokens, max_length is {max_length}",
                         fix="raise max_length, or set truncation: keep_end",
                     )
                 out.truncated += 1
@@ -71,9 +71,22 @@ def tokenize_rankings(
             rows.append(tokens)
         wins = ranking.wins or wins_from_ranks(ranking.ranks)
         group = ranking.prompt_id or hashlib.sha1(repr(ranking.prompt).encode()).hexdigest()[:12]
-        margin = float(ranking.meta.get("margin", 0.0))
+        margin = ranking.margin or 0.0
         out.items.append(RankedTokens(rows, ranking.ranks, wins, group, lengths, margin, ranking.gold_scores))
     return out
+
+
+def _prompt_of(ranking: Ranking, tokenizer: Any, *, chat: bool, number: int) -> list[int]:
+    try:
+        return prompt_tokens(tokenizer, ranking.prompt, chat=chat)
+    except DataError as error:
+        raise DataError(f"ranking {number}: {error.message}", fix=error.fix) from error
+
+
+def _says(tokenizer: Any, response: list[int], text: str) -> bool:
+    """Whether sampled tokens decode to `text` in the way in which sampling decoded them, EOS left out."""
+    ended = response[-1:] == [tokenizer.eos_token_id]
+    return tokenizer.decode(response[:-1] if ended else response, skip_special_tokens=True) == text
 
 
 def wins_from_ranks(ranks: Sequence[int]) -> list[list[float]]:

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from rlhf.checkpoint import export_folder
-from rlhf.data.templates import tokenizer_fingerprint
-from rlhf.errors import ModelError
-from rlhf.models.load import load_tokenizer
+from rlhf.models.load import require_same_tokens
 from rlhf.models.value import NORMALISATION_FILE, ScalarModel, load_scalar_model
 from rlhf.rollout.buffer import pad_right
 from rlhf.runtime import Runtime
@@ -32,13 +30,9 @@ class RewardModel:
         """Load a reward model that shares the policy's tokenizer.
 
         Raises:
-            ModelError: not a one-label classifier, or its tokens mean something else than the policy's.
+            ModelError: not a trained one-label classifier, or its tokens mean something else than the policy's.
         """
-        if tokenizer_fingerprint(load_tokenizer(name)) != tokenizer_fingerprint(tokenizer):
-            raise ModelError(
-                f"the reward model {name} has another tokenizer than the policy: their token ids differ in meaning",
-                fix="train a reward model on the policy's base model (`rlhf reward`), or use a scorer",
-            )
+        require_same_tokens(name, tokenizer, role="reward model")
         return cls(load_scalar_model(name, dtype=runtime.dtype), runtime, micro_batch_size=micro_batch_size)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:

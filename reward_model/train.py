@@ -17,13 +17,13 @@ from torch import Tensor
 from reward_model.data import RankedTokens, pad_scores, pairs_of, split_by_prompt, targets, tokenize_rankings
 from reward_model.losses import all_pairs, bradley_terry, centering, plackett_luce
 from reward_model.model import RewardModel, pad_tokens, save_reward_model
-from reward_model.packing import pack
+from reward_model.packing import common_prefix, pack
 from rlhf.config_schema import DatasetConfig, RewardStage
 from rlhf.data.order import rows_for_step
 from rlhf.data.records import read_demonstrations, read_rankings
-from rlhf.data.templates import prompt_tokens, response_tokens, show_examples
+from rlhf.data.templates import located, prompt_tokens, response_tokens, show_examples
 from rlhf.errors import DataError, InvariantError
-from rlhf.eval.winrate import mean_interval
+from rlhf.eval.winrate import share_interval
 from rlhf.models.load import load_tokenizer
 from rlhf.models.tuning import apply_tuning, build_optimizer, merge_tuning, parameter_groups, set_lr, storage_dtype
 from rlhf.models.value import ScalarModel, load_scalar_model
@@ -35,6 +35,9 @@ from rlhf.types import RunResult
 
 NORMALISATION_ROWS = 160
 """Training responses, at most, whose deviation becomes the unit of the score: known to 6% (1 / sqrt(2 * 160))."""
+
+MAX_PACKED_TOKENS = 2048
+"""Longest packed row; its attention mask takes 4 MB."""
 
 
 def main(cfg: RewardStage, options: RunOptions) -> RunResult:
@@ -49,23 +52,24 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
             stage="reward",
             config=cfg.model_dump(mode="json"),
             enabled=runtime.is_main,
-            resume_step=0,
+            resume_step=None,
             say=progress.say,
         ) as tracker,
     ):
         train, heldout = load_items(cfg, tokenizer, progress)
-        scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
+        scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype), new_head=True)
         scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
         handle = apply_tuning(scalar.classifier, cfg.tuning, head=scalar.classifier.score)
-        fit(scalar, train, heldout, cfg, runtime, progress, tracker)
+        fit(scalar, train, cfg, runtime, progress, tracker)
+        # What is measured from here on is what is saved: adapters folded in, in the run's precision.
+        scalar.classifier = merge_tuning(handle).to(runtime.dtype)
         scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
         normalisation = normalise(scorer, scalar, train, cfg, tokenizer, progress)
         summary = {**evaluate(scorer, heldout, progress), **normalisation, "train_items": len(train)}
         tracker.summary(summary)
     final = Path(cfg.run_dir) / "final"
     if runtime.is_main:
-        model = merge_tuning(handle).to(runtime.dtype)
-        save_reward_model(final, model, tokenizer, normalisation)
+        save_reward_model(final, scalar.classifier, tokenizer, normalisation)
     runtime.barrier()
     return RunResult(cfg.run_dir, summary, {"reward_model": str(final)})
 
@@ -79,6 +83,7 @@ def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[li
 
     def read(source: DatasetConfig) -> list[RankedTokens]:
         rankings = read_rankings(source)
+        progress.say(f"{source.path}: format {rankings.format}, {len(rankings)} rows")
         tokenized = tokenize_rankings(
             rankings, tokenizer, chat=source.chat, max_length=cfg.max_length, truncation=cfg.truncation
         )
@@ -94,6 +99,8 @@ def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[li
         train, heldout = read(cfg.dataset), read(cfg.eval_dataset)
     else:
         train, heldout = split_by_prompt(read(cfg.dataset), cfg.heldout_fraction, cfg.seed)
+    if cfg.loss != "bradley_terry" and any(item.margin for item in train):
+        progress.say(f"margins are used by loss: bradley_terry only, not by {cfg.loss}")
     if cfg.loss == "bradley_terry":
         train = [pair for item in train for pair in pairs_of(item)]
     if not train or not heldout:
@@ -109,7 +116,6 @@ def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[li
 def fit(
     scalar: ScalarModel,
     train: Sequence[RankedTokens],
-    heldout: Sequence[RankedTokens],
     cfg: RewardStage,
     runtime: Runtime,
     progress: Progress,
@@ -123,8 +129,9 @@ def fit(
     )
     size = min(cfg.batch_size, max(1, len(train) // runtime.world_size))
     total = max(1, math.ceil(cfg.epochs * len(train) / (size * runtime.world_size)))
-    share_prompts = cfg.share_prompts and obeys_masks(module, max(train, key=lambda item: len(item.rows)), runtime)
-    if cfg.share_prompts and not share_prompts:
+    longest = max((item for item in train if is_packable(item)), key=packed_length, default=None)
+    share_prompts = cfg.share_prompts and longest is not None and obeys_masks(module, longest, runtime)
+    if cfg.share_prompts and not share_prompts and longest is not None:
         progress.say("this model does not score several responses in one row: each prompt is read once per response")
     progress.phase("train", total=total, unit="steps")
     for step in range(total):
@@ -171,7 +178,7 @@ def forward(
     module: Any, items: Sequence[RankedTokens], runtime: Runtime, *, share_prompts: bool
 ) -> tuple[Tensor, Tensor]:
     """Scores at the last token of every row: (scores_BK, mask_BK)."""
-    if share_prompts:
+    if share_prompts and all(map(is_packable, items)):
         packed = pack([item.rows for item in items]).to(runtime.device)
         with runtime.autocast():
             scores_BS = module(packed.tokens_BS, packed.mask_B1SS, packed.positions_BS)
@@ -184,11 +191,22 @@ def forward(
     return pad_scores(scores_NT.gather(1, last_N[:, None]).squeeze(1), items)
 
 
+def packed_length(item: RankedTokens) -> int:
+    """Tokens of the packed row, or a few more."""
+    return sum(map(len, item.rows)) - (len(item.rows) - 1) * common_prefix(item.rows)
+
+
+def is_packable(item: RankedTokens) -> bool:
+    """The mask of a packed row grows with its square: many long responses are better read one by one."""
+    return packed_length(item) <= MAX_PACKED_TOKENS
+
+
 @torch.no_grad()
 def obeys_masks(module: Any, item: RankedTokens, runtime: Runtime) -> bool:
-    """Whether packed rows score like separate ones, on every rank.
+    """Whether packed rows score like separate ones, on every rank; to be asked about the longest.
 
-    Not so where attention takes no mask (flash attention) or knows no positions but the order of tokens.
+    Not so where attention takes no mask (flash attention), has a sliding window that ends within the row, or knows
+    no positions but the order of tokens.
     """
     separate_1K, _ = forward(module, [item], runtime, share_prompts=False)
     try:
@@ -244,7 +262,7 @@ def normalise(
     responses = responses[:: math.ceil(len(responses) / NORMALISATION_ROWS)]
     if cfg.normalise_on is not None:
         zero = [
-            prompt_tokens(tokenizer, d.prompt, chat=cfg.normalise_on.chat)
+            located(d.where, prompt_tokens, tokenizer, d.prompt, chat=cfg.normalise_on.chat)
             + response_tokens(tokenizer, d.completion, finished=True)
             for d in read_demonstrations(cfg.normalise_on)
         ]
@@ -275,7 +293,7 @@ def evaluate(scorer: RewardModel, heldout: Sequence[RankedTokens], progress: Pro
             outcomes[name] += new
             groups[name] += [item.group] * len(new)
     against = "gold" if outcomes["gold"] else "label"
-    accuracy = mean_interval(outcomes[against], groups[against])
+    accuracy = share_interval(outcomes[against], groups[against])
     summary = {
         "accuracy": accuracy[0],
         "accuracy_low": accuracy[1],

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+import rlhf
 from rlhf import config, runs
 from rlhf.errors import RlhfError
 
@@ -62,6 +64,19 @@ for _stage in MODULES:
     _command(_stage)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlhf {rlhf.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="and exit")] = False,
+) -> None:
+    """RLHF: sft, sample, label, reward, ppo, evaluate, report; or all of them: pipeline."""
+
+
 @app.command(help="What this machine has, and what is missing.")
 def doctor() -> None:
     from rlhf.doctor import report
@@ -93,17 +108,40 @@ def run_stage(stage: str, config_name: str, overrides: list[str], *, dry_run: bo
         module.main(cfg, options)
 
 
+_DISK_FIXES = {
+    errno.ENOSPC: "free disk space, or set run_dir to another disk",
+    errno.EDQUOT: "free disk space of your quota, or set run_dir to another disk",
+    errno.EACCES: "check the permissions, or set run_dir to a folder of yours",
+    errno.EPERM: "check the permissions, or set run_dir to a folder of yours",
+    errno.EROFS: "this disk can only be read: set run_dir to another one",
+    errno.ENOTDIR: "a file stands where a folder is needed: correct the path, or run_dir",
+    errno.EEXIST: "a file stands where a folder is needed: correct the path, or run_dir",
+}
+
+
 def _shielded(action) -> None:  # type: ignore[no-untyped-def]
-    """Users' errors become one panel and exit code 2; our bugs keep their traceback."""
+    """Users' errors, and the disk's that name a path, become one panel and exit code 2; bugs keep their traceback."""
     try:
         action()
     except RlhfError as error:
-        body = Text(error.message)
-        if error.fix:
-            body.append("\n\nfix: ", style="bold green").append(error.fix)
-        Console(stderr=True).print(Panel(body, title=type(error).__name__, title_align="left", border_style="red"))
-        sys.stderr.flush()
-        raise typer.Exit(2) from None
+        _refuse(type(error).__name__, error.message, error.fix)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fix = _DISK_FIXES.get(error.errno or 0, "check that path, and the disk it is on")
+        _refuse(type(error).__name__, f"{error.filename}: {error.strerror}", fix)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None
+
+
+def _refuse(title: str, message: str, fix: str) -> NoReturn:
+    """Show one panel, whatever the number of processes, and exit with code 2."""
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        raise typer.Exit(2) from None
+    body = Text(message)
+    if fix:
+        body.append("\n\nfix: ", style="bold green").append(fix)
+    Console(stderr=True).print(Panel(body, title=title, title_align="left", border_style="red"))
+    sys.stderr.flush()
+    raise typer.Exit(2) from None

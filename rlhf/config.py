@@ -22,11 +22,16 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as text; here it is a float, as in YAML 1.2. A repeated key is an error."""
+    """YAML 1.1 reads `1e-6` as text; here it is a float, as in YAML 1.2. A repeated key is an error, and so is
+    one that is no single value: `{{name}}`, a placeholder nobody filled in, is a mapping as a key.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = f"a key is a {key_node.id}, not a single value"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1

@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors; defaults are checked too."""
+    """Unknown keys are errors, and so are infinity and NaN; defaults are checked too."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class DatasetConfig(Strict):
@@ -25,9 +26,9 @@ class DatasetConfig(Strict):
     path: str
     split: str = "train"
     subset: str | None = Field(default=None, description="the hub's configuration name")
-    format: Literal["auto", "prompt", "prompt_completion", "messages", "preference", "hh", "ranking", "rollouts"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "prompt", "prompt_completion", "messages", "text", "preference", "hh", "ranking", "rollouts"
+    ] = "auto"
     limit: Positive | None = Field(default=None, description="use the first rows only")
     chat: bool = Field(
         True, description="wrap plain-text prompts as a user turn when the tokenizer has a chat template"
@@ -76,7 +77,7 @@ class OptimConfig(Strict):
 
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-5
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     warmup_fraction: Probability = 0.0
@@ -114,6 +115,7 @@ class SampleStage(StageConfig):
 
     model: str
     prompts: DatasetConfig
+    heldout_prompts: DatasetConfig | None = Field(default=None, description="sampled too, for testing a reward model")
     completions_per_prompt: Positive = Field(default=4, description="K")
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_tokens: Positive = 512
@@ -133,6 +135,7 @@ class LabelStage(StageConfig):
     """Preference labels for sampled rollouts."""
 
     rollouts: str = Field(description="Parquet file that `sample` wrote")
+    heldout_rollouts: str | None = Field(default=None, description="the same of held-out prompts: nothing is split off")
     labeler: Literal["simulated"] = "simulated"
     scorer: Literal["readability"] = "readability"
     annotators: Annotated[list[AnnotatorConfig], Field(min_length=1)]
@@ -159,6 +162,14 @@ class RewardStage(StageConfig):
     max_length: Positive = 1024
     truncation: Literal["keep_end", "error"] = Field(default="keep_end", description="drop the oldest tokens")
 
+    @model_validator(mode="after")
+    def _no_dropout(self) -> RewardStage:
+        if self.tuning.dropout:
+            raise ValueError(
+                "tuning.dropout must be 0 in reward training: scores must not depend on chance; set it to 0"
+            )
+        return self
+
 
 class KLConfig(Strict):
     """KL control. `k1` in the reward reaches the reverse-KL optimum (ppo.md, checklist 9)."""
@@ -182,8 +193,10 @@ class KLConfig(Strict):
 class MissingEOSConfig(Strict):
     """What an answer without EOS costs. `set`: score := value (N+); `subtract`: score -= value (TRL)."""
 
-    kind: Literal["none", "set", "subtract"] = "set"
-    value: float = -1.0
+    kind: Literal["none", "set", "subtract"] = Field(
+        default="set", description="`set` replaces every score, so it also raises those below the value"
+    )
+    value: float = Field(default=-1.0, description="for `set`, below nearly all scores of finished answers")
 
 
 class PPOStage(StageConfig):
@@ -215,7 +228,9 @@ class PPOStage(StageConfig):
     lam: Probability = 0.95
     clip_range: Annotated[float, Field(gt=0)] = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    value_clip_range: Annotated[float, Field(gt=0)] = 0.2
+    value_clip_range: Annotated[float, Field(gt=0, allow_inf_nan=True)] = Field(
+        default=0.2, description=".inf: no clipping"
+    )
     value_coef: Annotated[float, Field(ge=0)] = 0.1
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
     missing_eos: MissingEOSConfig = MissingEOSConfig()

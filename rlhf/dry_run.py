@@ -8,12 +8,11 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import Console
 
-from rlhf.config import dump, resolve_path
+from rlhf.config import dump
 from rlhf.config_schema import DatasetConfig, PipelineStage
 from rlhf.errors import DataError
 from rlhf.models import bundled
 
-DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 MODEL_KEYS = {"model", "reference", "reward_model", "base"}
 
 
@@ -50,12 +49,12 @@ def _inputs(stage: str, cfg: BaseModel, console: Console, *, produced: str | Non
 
 def _dataset(stage: str, key: str, cfg: DatasetConfig, console: Console, produced: str | None) -> None:
     from rlhf.data import records
+    from rlhf.data.rows import is_local
 
     if _comes_later(cfg.path, produced):
         console.print(f"  {key}: {cfg.path} (an earlier stage writes it)")
         return
-    looks_local = cfg.path.startswith((".", "/", "~", "shipped:")) or cfg.path.endswith(DATA_SUFFIXES)
-    if not Path(resolve_path(cfg.path)).exists() and not looks_local and cfg.path.count("/") <= 1:
+    if not is_local(cfg.path):
         console.print(f"  {key}: hub data set {cfg.path}, split {cfg.split} (not read in a dry run)")
         return
     read = records.read_prompts
@@ -63,7 +62,8 @@ def _dataset(stage: str, key: str, cfg: DatasetConfig, console: Console, produce
         read = records.read_demonstrations
     elif stage == "reward":
         read = records.read_rankings
-    console.print(f"  {key}: {cfg.path}, {len(read(cfg))} rows")
+    found = read(cfg)
+    console.print(f"  {key}: {cfg.path}, format {found.format}, {len(found)} rows")
 
 
 def _file(key: str, path: str, console: Console, produced: str | None) -> None:

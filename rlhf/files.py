@@ -1,9 +1,15 @@
-"""Files that are whole or not there. No torch import: the command line uses it."""
+"""Files that are whole or not there, and what identifies their content. No torch import: the command line uses it."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 from pathlib import Path
+
+MANIFEST = "MANIFEST.json"
+"""Holds the SHA-256 of every other file of a folder that we wrote (`rlhf.checkpoint`)."""
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
@@ -12,7 +18,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
     Text is written as UTF-8. The folder must exist.
 
     Raises:
-        OSError: the disk is full or the folder not writable; the old file is untouched.
+        OSError: naming `path`; the disk is full or the folder not writable. The old file is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -22,8 +28,11 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError):  # a failed write names no file, a failed open the temporary one
+            error.filename = str(path)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
 
@@ -35,3 +44,29 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of one file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(path: Path, *, exact: bool) -> str | None:
+    """What identifies the content of a data file, or of a model's folder; None when there is neither.
+
+    A folder with a manifest is identified by it: it holds the hash of every file.
+
+    Args:
+        exact: a folder without a manifest is read to its end. False: names, sizes and times of its files stand for
+            their content, at no cost; a copy then counts as another one.
+    """
+    if path.is_file():
+        return sha256_of(path)
+    if not path.is_dir():
+        return None
+    if (path / MANIFEST).is_file():
+        return sha256_of(path / MANIFEST)
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    parts = [[file.name, file.stat().st_size, sha256_of(file) if exact else file.stat().st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

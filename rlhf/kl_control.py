@@ -7,6 +7,8 @@ stored.
 
 import math
 
+from rlhf.errors import InvariantError
+
 MAX_ERROR = 0.2  # clip of the proportional error: one batch with an extreme KL must not jerk the coefficient
 
 
@@ -20,7 +22,7 @@ class FixedKL:
         self.coef = coef
 
     def update(self, mean_kl: float, n: int) -> None:
-        """Change nothing; raises ValueError as `AdaptiveKL.update` does, for a KL that is not finite."""
+        """Change nothing; raises InvariantError for a KL that is not finite."""
         _check_kl(mean_kl)
 
     def state_dict(self) -> dict[str, float]:
@@ -52,8 +54,8 @@ class AdaptiveKL:
     def update(self, mean_kl: float, n: int) -> None:
         """Move the coefficient after `n` episodes (over all ranks) with a mean KL of `mean_kl` nats.
 
-        Raises ValueError for a KL that is not finite, for n below 1, and for n so large against the horizon
-        that a single step could turn the coefficient negative.
+        Raises InvariantError for a KL that is not finite, and ValueError for n below 1 or so large against the
+        horizon that a single step could turn the coefficient negative.
         """
         _check_kl(mean_kl)
         if n < 1:
@@ -83,4 +85,7 @@ def _check_positive(name: str, value: float) -> None:
 
 def _check_kl(mean_kl: float) -> None:
     if not math.isfinite(mean_kl):
-        raise ValueError(f"the mean KL is {mean_kl}: the policy diverged or its log-probabilities are broken")
+        raise InvariantError(
+            f"the mean KL is {mean_kl}: the policy diverged or its log-probabilities are broken",
+            fix="lower optim.lr, and look at samples.jsonl of the last steps",
+        )

@@ -1,27 +1,37 @@
-"""What every run of a stage writes: config.yaml, environment.json, result.json; and how it is resumed."""
+"""What every run of a stage writes: config.yaml, environment.json, result.json; how it is resumed; what it read."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import platform
 import resource
+import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import dump, fingerprint
+from rlhf.config import dump, fingerprint, resolve_path
 from rlhf.config_schema import StageConfig
-from rlhf.errors import CheckpointError
-from rlhf.files import atomic_write
+from rlhf.files import atomic_write, content_digest
 
 if TYPE_CHECKING:  # rlhf.types imports torch, which the command line does without
     from rlhf.types import RunResult
 
+CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
+
+FREE_TO_CHANGE = frozenset(
+    {"run_dir", "tracking", "save_every", "keep_checkpoints", "samples_per_step", "archive_rollouts"}
+)
+"""Keys that change nothing that is learned: they may differ on a resume, and make no finished stage run again."""
+
+_ROLLOUT_KEYS = ("rollouts", "heldout_rollouts")
+_MODEL_KEYS = ("model", "reference", "base", "reward_model")
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
 
 
@@ -71,22 +81,65 @@ def git_revision() -> str | None:
 def recorded(cfg: StageConfig, stage: str) -> Iterator[Callable[[RunResult], None]]:
     """Make the run folder and write down what runs; call what this yields with the result.
 
-    That writes result.json, the sign that the stage is done. A run that is refused because the checkpoints belong to
-    another configuration leaves the config.yaml that they do belong to.
+    That writes result.json, the sign that the stage is done. A run that ends before it wrote anything of its own
+    (refused, interrupted or crashed) leaves the folder as it was: what stands there is still the run before it. Once
+    it wrote something, its config.yaml stays, and the earlier result.json goes.
+
+    Raises:
+        OSError: naming a path; the folder cannot be made or written, or the disk is full.
     """
     began = time.perf_counter()
     folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
-    earlier = path.read_text(encoding="utf-8") if path.exists() else None
-    atomic_write(path, dump(cfg))
-    atomic_write(folder / "environment.json", json.dumps(environment(), indent=1))
+    earlier = _EarlierRun(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / CONFIG, dump(cfg))
+        atomic_write(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
         yield lambda result: _finish(cfg, stage, result, time.perf_counter() - began)
-    except CheckpointError:
-        if earlier is not None:
-            atomic_write(path, earlier)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(folder)  # a failed write names no file
+        with contextlib.suppress(OSError):  # the first error is the one to show
+            earlier.put_back_or_end()
         raise
+
+
+class _EarlierRun:
+    """What a run folder holds before a run begins."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        files = {name: folder / name for name in (CONFIG, ENVIRONMENT)}
+        self._records = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+        self._outputs = _outputs(folder)
+
+    def put_back_or_end(self) -> None:
+        """Undo what `recorded` wrote; but once the new run wrote something too, the earlier one is no longer done."""
+        if not _outputs(self._folder) <= self._outputs:
+            (self._folder / RESULT).unlink(missing_ok=True)
+            return
+        for name in (CONFIG, ENVIRONMENT):
+            if name in self._records:
+                atomic_write(self._folder / name, self._records[name])
+            else:
+                (self._folder / name).unlink(missing_ok=True)
+        for path in self._missing:
+            path.rmdir()  # refuses, and ends this, where something is in it
+
+
+def _outputs(folder: Path) -> set[tuple[int, int, int]]:
+    """(inode, size, time) of every file of a run but its records and W&B's own: a renamed file keeps all three."""
+    found = set()
+    ours = {folder / name for name in (CONFIG, ENVIRONMENT, "wandb")}
+    for path in folder.rglob("*"):
+        if not ours.isdisjoint((path, *path.parents)):
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                found.add((status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
 
 
 def _finish(cfg: StageConfig, stage: str, result: RunResult, wall_s: float) -> None:
@@ -99,10 +152,44 @@ def _finish(cfg: StageConfig, stage: str, result: RunResult, wall_s: float) -> N
         "summary": result.summary,
         "outputs": result.outputs,
     }
-    atomic_write(Path(cfg.run_dir) / "result.json", json.dumps(record, indent=1, default=str))
+    atomic_write(Path(cfg.run_dir) / RESULT, json.dumps(record, indent=1, default=str))
 
 
 def peak_rss_gb() -> float:
     """Largest resident set of this process, in 1e9 bytes."""
     kilo = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9, 3)
+
+
+# --- what a run reads and learns from -------------------------------------------------------------------------
+
+
+def learned_fingerprint(cfg: StageConfig) -> str:
+    """Fingerprint of every key that changes what is learned."""
+    return fingerprint({k: v for k, v in cfg.model_dump(mode="json").items() if k not in FREE_TO_CHANGE})
+
+
+def named_data(cfg: StageConfig) -> set[str]:
+    """Every data set that a configuration names, by its `path`, and the rollouts to be labeled."""
+    plain = cfg.model_dump(mode="json")
+    return _paths(plain) | {plain[key] for key in _ROLLOUT_KEYS if isinstance(plain.get(key), str)}
+
+
+def named_models(cfg: StageConfig) -> set[str]:
+    """Every model that a configuration names: folders, hub ids, our short name."""
+    plain = cfg.model_dump(mode="json")
+    named = [*(plain.get(key) for key in _MODEL_KEYS), *(plain.get("policies") or {}).values()]
+    return {name for name in named if isinstance(name, str)}
+
+
+def digests(names: Iterable[str], *, exact: bool) -> dict[str, str]:
+    """Name -> digest of its content now, for those that are on this disk; `exact` as in `content_digest`."""
+    found = {name: content_digest(Path(resolve_path(name)).expanduser(), exact=exact) for name in names}
+    return {name: digest for name, digest in found.items() if digest is not None}
+
+
+def _paths(node: Any) -> set[str]:
+    if isinstance(node, dict):
+        here = {node["path"]} if isinstance(node.get("path"), str) else set()
+        return here.union(*(_paths(value) for value in node.values()))
+    return set()

@@ -114,6 +114,12 @@ class Runtime:
         return norm
 
     @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
+        plugin = getattr(self._accelerator.state, "deepspeed_plugin", None)
+        return plugin.zero_stage if plugin is not None else 0
+
+    @property
     def uses_deepspeed(self) -> bool:
         """Whether parameters or optimizer state may be sharded."""
         return getattr(self._accelerator.state, "deepspeed_plugin", None) is not None

@@ -2,7 +2,8 @@
 
 The only door to wandb, which is imported when a run opens. `metrics.jsonl` is the truth: on a resume the
 lines after the checkpoint are dropped, and what is kept is replayed into a W&B run that does not know it yet
-(an offline run never does), so that each W&B run holds the whole curve under our own step.
+(an offline run never does), so that each W&B run holds the whole curve under our own step. A fresh start drops
+the files of an earlier attempt when it writes its first line, so that a run refused before loses nothing.
 Nothing that W&B does may stop or slow a training: the first failure is said once, and W&B is left alone.
 """
 
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rlhf.files import atomic_write
+from rlhf.runs import RESULT
 
 if TYPE_CHECKING:
     from rlhf.config_schema import TrackingConfig
@@ -40,10 +42,11 @@ _MODES = {"online": "online", "shared": "online", "run": "online", "offline": "o
 class Tracker:
     """Where a stage writes its curves and sample texts. Made by `Tracker.open`; a context manager."""
 
-    def __init__(self, run_dir: Path, run: _WandbRun | None, *, enabled: bool) -> None:
+    def __init__(self, run_dir: Path, *, enabled: bool, resumed: bool) -> None:
         self.run_dir = run_dir
-        self._run = run
+        self._run: _WandbRun | None = None
         self._enabled = enabled
+        self._stale = [RESULT] if resumed else [RESULT, METRICS, SAMPLES, SUMMARY]
 
     @classmethod
     def open(
@@ -66,17 +69,19 @@ class Tracker:
             config: the resolved configuration, shown in W&B with secrets redacted.
             enabled: False on every rank but 0; all methods then do nothing.
             resume_step: last step the resumed checkpoint has done; later lines are dropped.
-                None is a fresh start: lines of an earlier attempt in this folder are dropped.
+                None is a fresh start: what an earlier attempt left here is dropped at the first line written.
             say: shows one line of text.
         """
         folder = Path(run_dir)
-        tracker = cls(folder, None, enabled=enabled)
+        resumed = resume_step is not None
+        tracker = cls(folder, enabled=enabled, resumed=resumed)
         if not enabled:
             return tracker
         folder.mkdir(parents=True, exist_ok=True)
-        tracker.truncate_after(-1 if resume_step is None else resume_step)
-        tracker._run = _WandbRun.start(folder, cfg, stage, config, resumed=resume_step is not None, say=say)
-        if tracker._run:
+        if resumed:
+            tracker.truncate_after(resume_step)
+        tracker._run = _WandbRun.start(folder, cfg, stage, config, resumed=resumed, say=say)
+        if tracker._run and resumed:
             tracker._run.replay(_rows(folder / METRICS))
         return tracker
 
@@ -119,6 +124,7 @@ class Tracker:
         """Merge headline numbers into summary.json and into the summary of the W&B run."""
         if not self._enabled:
             return
+        self._drop_stale()
         path, plain = self.run_dir / SUMMARY, _plain(values)
         before: Any = {}
         with contextlib.suppress(FileNotFoundError, ValueError):
@@ -140,6 +146,8 @@ class Tracker:
 
     def close(self, exit_code: int = 0) -> None:
         """End the W&B run, as failed unless `exit_code` is 0. The tracker goes on writing JSON lines."""
+        if exit_code == 0:
+            self._drop_stale()  # a run that ended well and wrote no line has none
         if self._run:
             self._run.finish(exit_code)
             self._run = None
@@ -152,7 +160,15 @@ class Tracker:
     ) -> None:
         self.close(exit_code=0 if kind is None else 1)
 
+    def _drop_stale(self) -> None:
+        """Remove, once, what is not of this run: its first line is the moment from which the earlier one is over."""
+        if self._enabled:
+            for name in self._stale:
+                (self.run_dir / name).unlink(missing_ok=True)
+            self._stale = []
+
     def _append(self, name: str, *rows: dict[str, Any]) -> None:
+        self._drop_stale()
         # Opened per call: one line per step is cheap, and closing the file flushes it.
         with (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write("".join(_line(row) for row in rows))

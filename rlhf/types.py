@@ -126,6 +126,7 @@ class Ranking:
 
     `wins[i][j]`, when known, is the aggregated probability that response i beats response j (diagonal 0.5).
     `tokens`, when the responses come from the rollout buffer, hold prompt + response as sampled.
+    `margin`, when given, is the lead in score asked of every pair's better side (Touvron et al. 2023).
     """
 
     prompt: Prompt
@@ -136,6 +137,7 @@ class Ranking:
     gold_scores: list[float] | None = None
     prompt_id: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    margin: float | None = None
 
 
 class RewardFn(Protocol):

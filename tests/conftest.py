@@ -99,7 +99,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     build_lm(len(tokenizer)).save_pretrained(root / "lm")
     tokenizer.save_pretrained(root / "lm")
     torch.manual_seed(1)
-    classifier = load_sequence_classifier(str(root / "lm"), dtype=torch.float32)
+    classifier = load_sequence_classifier(str(root / "lm"), dtype=torch.float32, new_head=True)
     save_reward_model(root / "reward", classifier, tokenizer, {"mean": 0.25, "std": 0.5})
     return Tiny(str(root / "lm"), str(root / "reward"), tokenizer)
 

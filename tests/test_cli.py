@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from rlhf import cli
 from rlhf.cli import HELP, MODULES, app
 
 SCREEN = 40
@@ -47,9 +49,7 @@ def refused(result: Any, run_dir: Path, *words: str) -> None:
     assert "fix: " in result.stderr
     for word in words:
         assert word in result.stderr, result.stderr
-    left = {path.name for path in run_dir.rglob("*")} if run_dir.exists() else set()
-    # The configuration and a started (empty) log are whole; results, models and temporary files are not there.
-    assert left <= {"config.yaml", "environment.json", "metrics.jsonl"}, left
+    assert not run_dir.exists(), list(run_dir.rglob("*"))
 
 
 @pytest.fixture
@@ -208,6 +208,66 @@ def test_an_unknown_model_is_named(
     invoke: Any, block: Any, tmp_path: Path, stage: str, name: str, words: list[str]
 ) -> None:
     refused(invoke(stage, {**block(stage), "model": name}), tmp_path / "run", *words)
+
+
+# --- what a refused run leaves --------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("key", ["data", "model"])
+def test_a_refused_run_loses_nothing_of_the_good_one_before_it(
+    invoke: Any, block: Any, jsonl: Any, tmp_path: Path, stage: str, key: str
+) -> None:
+    small = {"sft": {"max_length": 64}, "ppo": {"steps": 1, "batch_size": 4, "save_every": 0}}[stage]
+    data = {**block(stage), **small}
+    result = invoke(stage, data)
+    assert result.exit_code == 0, result.output
+    before = contents(tmp_path / "run")
+    assert before.keys() >= {"config.yaml", "environment.json", "metrics.jsonl", "result.json"}
+    assert before["metrics.jsonl"]
+    bad = {"data": f"{INPUT[stage]}.path={jsonl('bad.jsonl', ['{'])}", "model": "model=./absent"}[key]
+    assert invoke(stage, data, bad).exit_code == 2
+    assert contents(tmp_path / "run") == before
+
+
+# --- the disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sample", "pipeline"])
+def test_a_run_folder_under_a_file_is_named(invoke: Any, block: Any, tmp_path: Path, stage: str) -> None:
+    (tmp_path / "afile").write_text("mine")
+    data = {**block(stage), "run_dir": str(tmp_path / "afile" / "x")}
+    refused(invoke(stage, data), tmp_path / "afile" / "x", str(tmp_path / "afile"), "run_dir")
+    assert (tmp_path / "afile").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"), [(errno.EACCES, "permissions"), (errno.ENOSPC, "free disk space"), (errno.EIO, "the disk")]
+)
+def test_a_disk_that_refuses_is_one_panel_with_the_path(
+    invoke: Any, block: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fix: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code), "disk/evaluation.json")
+
+    monkeypatch.setattr("rlhf.stages.sample.main", fail)
+    refused(invoke("sample", block("sample")), tmp_path / "run", "disk/evaluation.json", os.strerror(code), fix)
+
+
+@pytest.mark.parametrize(
+    "bug", [OSError("no file is named"), ConnectionResetError(errno.ECONNRESET, "peer"), KeyError("x")], ids=repr
+)
+def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
+    def fail() -> None:
+        raise bug
+
+    with pytest.raises(type(bug)) as caught:
+        cli._shielded(fail)
+    assert caught.value is bug
 
 
 # --- what works -----------------------------------------------------------------------------------------------

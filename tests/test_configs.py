@@ -135,6 +135,19 @@ def test_a_key_set_twice_is_an_error_with_its_line(tmp_path: Path, text: str) ->
     assert str(path) in message
 
 
+@pytest.mark.parametrize("text", ["a: 1\n{b: 1}: 2\n", "a: 1\n? [b, c]\n: 2\n", "a:\n  {{b}}: 1\n"])
+def test_a_key_that_is_no_single_value_is_an_error_with_its_line(tmp_path: Path, text: str) -> None:
+    """`{{name}}`, a template's placeholder left in the file, is the usual way to get one."""
+    path = write(tmp_path / "a.yaml", text)
+    message = refused(path, "reward")
+    assert f"{path}:2: not valid YAML: a key is a" in message
+    assert "not a single value" in message
+
+
+def test_a_key_that_is_no_single_value_is_an_error_in_an_override_too(tmp_path: Path) -> None:
+    assert "not valid YAML" in refused(write(tmp_path / "r.yaml", REWARD), "reward", "optim={{a: 1}: 2}")
+
+
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(b"model: caf\xe9\n")
@@ -146,6 +159,55 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 )
 def test_what_is_no_mapping_is_named(tmp_path: Path, text: str, part: str) -> None:
     assert part in refused(write(tmp_path / "a.yaml", text), "reward")
+
+
+# --- the schema -----------------------------------------------------------------------------------------------
+
+PPO = """
+run_dir: runs/x
+model: m
+reward_model: r
+prompts: {path: d.jsonl}
+"""
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "kl.coef", "kl.target", "optim.lr", "optim.weight_decay", "optim.eps", "optim.max_grad_norm", "critic_lr",
+        "gamma", "clip_range", "dual_clip", "value_coef", "entropy_coef", "missing_eos.value", "score_clip",
+        "target_kl", "ptx_coef", "sampling.temperature", "prompts.max_bad_fraction",
+    ],
+)  # fmt: skip
+def test_a_number_that_is_not_finite_is_refused_by_its_key(tmp_path: Path, key: str, value: str) -> None:
+    text = refused(write(tmp_path / "p.yaml", PPO), "ppo", f"{key}={value}")
+    assert f"  - {key}: " in text
+    assert f"(got {value.replace('.', '')})" in text
+
+
+def test_only_the_clipping_of_the_value_may_be_infinite_which_switches_it_off(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", PPO)
+    cfg = config.load(path, "ppo", ["value_clip_range=.inf"])
+    assert cfg.value_clip_range == float("inf")
+    assert config.load(write(tmp_path / "again.yaml", config.dump(cfg)), "ppo") == cfg
+    assert "value_clip_range: " in refused(path, "ppo", "value_clip_range=.nan")
+
+
+@pytest.mark.parametrize(("betas", "at"), [("[2, 0.9]", 0), ("[0.9, 1]", 1), ("[-0.1, 0.9]", 0), ("[0.9, .nan]", 1)])
+def test_the_betas_of_adam_lie_in_0_to_1(tmp_path: Path, betas: str, at: int) -> None:
+    path = write(tmp_path / "p.yaml", PPO)
+    assert f"optim.betas.{at}: " in refused(path, "ppo", "optim.lr=1e-6", f"optim.betas={betas}")
+    cfg = config.load(path, "ppo", ["optim.lr=1e-6", "optim.betas=[0, 0.999]"])
+    assert cfg.optim.betas == (0, 0.999)
+
+
+@pytest.mark.parametrize(("stage", "text"), [("reward", REWARD), ("ppo", PPO)])
+def test_adapters_with_dropout_are_refused_where_it_would_have_no_effect(tmp_path: Path, stage: str, text: str) -> None:
+    path = write(tmp_path / "a.yaml", text)
+    message = refused(path, stage, "tuning.kind=lora", "tuning.dropout=0.1")
+    assert "tuning.dropout must be 0" in message
+    assert "set it to 0" in message
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:

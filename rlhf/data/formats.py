@@ -5,6 +5,7 @@
 | prompt | `prompt` |
 | prompt_completion | `prompt`, `completion` |
 | messages | `messages`; the last turn, the assistant's, is the completion |
+| text | `text`, all of it completion; the prompt is "" (TRL: language modelling) |
 | preference | `chosen`, `rejected` and `prompt`; without it both sides start with the prompt (TRL: implicit) |
 | hh | `chosen`, `rejected`: one text of "\\n\\nHuman:" and "\\n\\nAssistant:" turns each |
 | ranking | the fields of `rlhf.types.Ranking` |
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,11 +69,13 @@ def detect_format(fields: Fields) -> str:
         return "prompt_completion"
     if "prompt" in keys:
         return "prompt"
+    if "text" in keys:
+        return "text"
     found = ", ".join(sorted(map(str, fields))) or "none"
     raise FieldError("prompt", f"is missing, and no other known key is there (found: {found})", fix=_KNOWN_KEYS)
 
 
-_KNOWN_KEYS = "rename the columns to prompt, completion, messages, chosen, rejected, responses or ranks"
+_KNOWN_KEYS = "rename the columns to prompt, completion, messages, text, chosen, rejected, responses or ranks"
 
 
 def _whole_pair(keys: set[str], one: str, other: str) -> bool:
@@ -200,6 +204,11 @@ def _messages_prompt(fields: Fields) -> Prompt:
     return _prompt(turns, "messages") if turns[-1]["role"] == "user" else _messages(fields)[0]
 
 
+def _plain_text(fields: Fields) -> tuple[Prompt, str]:
+    """No other format yields an empty prompt; `templates.prompt_tokens` knows this one by it."""
+    return "", _text(_get(fields, "text"), "text")
+
+
 def _chosen(fields: Fields, pair: Callable[[Fields], Preference]) -> tuple[Prompt, str]:
     preference = pair(fields)
     return preference.prompt, preference.chosen
@@ -293,14 +302,15 @@ def _differ(chosen: str, rejected: str) -> None:
 
 
 def _pair_ranking(fields: Fields, pair: Callable[[Fields], Preference]) -> Ranking:
-    """K = 2: chosen first. A `probability` becomes the matrix of wins."""
+    """K = 2: chosen first. A `probability` becomes the matrix of wins; a `margin` stays."""
     preference = pair(fields)
     _differ(preference.chosen, preference.rejected)
     wins = None
     if fields.get("probability") is not None:
         p = _probability(fields["probability"])
         wins = [[0.5, p], [1 - p, 0.5]]
-    return Ranking(preference.prompt, [preference.chosen, preference.rejected], ranks=[1, 2], wins=wins)
+    responses = [preference.chosen, preference.rejected]
+    return Ranking(preference.prompt, responses, ranks=[1, 2], wins=wins, margin=_margin(fields))
 
 
 def _probability(value: Any) -> float:
@@ -308,6 +318,17 @@ def _probability(value: Any) -> float:
         raise FieldError("probability", f"is {value!r}, not a number from 0 to 1", fix="correct or remove it")
     if value < 0.5:
         raise FieldError("probability", f"is {value}: rejected wins", fix="swap chosen and rejected, write 1 - p")
+    return float(value)
+
+
+def _margin(fields: Fields) -> float | None:
+    """The lead asked of the better side. A negative one would ask the worse side to win."""
+    value = fields.get("margin")
+    if value is None:
+        return None
+    if not _is_number(value) or not 0 <= value <= sys.float_info.max:
+        fix = "write by how much the better side's score shall lead, or rename the column if it means something else"
+        raise FieldError("margin", f"is {value!r:.60}, not a number of 0 or more", fix=fix)
     return float(value)
 
 
@@ -340,6 +361,7 @@ def _ranking(fields: Fields) -> Ranking:
         gold_scores=_k_items(fields, "gold_scores", k, _is_number),
         prompt_id=str(fields.get("prompt_id") or ""),
         meta=dict(meta),
+        margin=_margin(fields),
     )
 
 
@@ -385,6 +407,7 @@ PROMPTS: dict[str, Callable[[Fields], Prompt]] = {
 DEMONSTRATIONS: dict[str, Callable[[Fields], tuple[Prompt, str]]] = {
     "prompt_completion": _completion,
     "messages": _messages,
+    "text": _plain_text,
     "preference": lambda fields: _chosen(fields, _preference),
     "hh": lambda fields: _chosen(fields, _hh),
 }

@@ -75,7 +75,7 @@ class PromptRecord:
 
 @dataclass
 class Demonstration:
-    """A prompt with the answer to imitate."""
+    """A prompt with the answer to imitate. A plain text (format `text`) is an answer to the prompt ""."""
 
     prompt: Prompt
     completion: str

@@ -47,13 +47,17 @@ def iterate(cfg: DatasetConfig) -> Iterator[Row | BadRow]:
     Raises:
         DataError: no such file or hub data set, or a file damaged beyond single rows.
     """
-    path = Path(resolve_path(cfg.path)).expanduser()
-    return _local_rows(path) if _is_local(cfg.path, path) else _hub_rows(cfg)
+    return _local_rows(_path_of(cfg.path)) if is_local(cfg.path) else _hub_rows(cfg)
 
 
-def _is_local(given: str, path: Path) -> bool:
+def _path_of(given: str) -> Path:
+    return Path(resolve_path(given)).expanduser()
+
+
+def is_local(given: str) -> bool:
+    """Whether a data set's `path` is taken for a file, there or not, and not for a hub id."""
     looks_local = given.startswith(("shipped:", ".", "/", "~")) or given.lower().endswith(_DATA_ENDINGS)
-    return looks_local or path.is_file() or not _HUB_ID.fullmatch(given)
+    return looks_local or _path_of(given).is_file() or not _HUB_ID.fullmatch(given)
 
 
 def _local_rows(path: Path) -> Iterator[Row | BadRow]:

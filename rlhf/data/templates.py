@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,7 @@ Tokenizer = Any
 
 _SHOWN_CHARACTERS = 600
 _SHOWN_EXAMPLES = 2
+_SHOWN_AROUND = 30  # characters before and after what is at fault
 _warned: set[str] = set()
 
 
@@ -47,12 +48,19 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, *, chat: bool) -> list[i
     Args:
         tokenizer: a `transformers` tokenizer.
         prompt: turns go through the chat template, with the opening of the assistant's turn. Without a template
-            they become `Role:` paragraphs, which a warning says once.
+            they become `Role:` paragraphs, which a warning says once. "", the prompt of a plain text (format
+            `text`), is the one token that a text starts with: BOS, else the EOS of the text before it.
         chat: a plain text becomes a user turn if there is a template; else it is tokenised as it is.
 
     Raises:
-        DataError: the chat template refuses the turns, or nothing is left to answer.
+        DataError: the chat template refuses the turns, nothing is left to answer, or a control token is spelled out
+            in the data, where it would end a turn or open one.
+        ModelError: the prompt is "", and the tokenizer has neither BOS nor EOS.
     """
+    if prompt == "":
+        return [_eos(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    for turn in as_chat(prompt):
+        _check_no_control_token(tokenizer, turn["content"])
     if isinstance(prompt, str) and not (chat and tokenizer.chat_template):
         tokens = _plain_tokens(tokenizer, prompt)
     elif tokenizer.chat_template:
@@ -74,6 +82,22 @@ def response_tokens(tokenizer: Tokenizer, response: str, *, finished: bool) -> l
     """
     tokens = list(tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     return [*tokens, _eos(tokenizer)] if finished else tokens
+
+
+def _check_no_control_token(tokenizer: Tokenizer, text: str) -> None:
+    """Refuse what the tokenizer would not read as text.
+
+    Raises:
+        DataError: names the token and the words around it.
+    """
+    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = max((token for token in control if token in text), key=lambda token: (len(token), token), default=None)
+    if found is None:
+        return
+    at = text.index(found)
+    around = text[max(0, at - _SHOWN_AROUND) : at + len(found) + _SHOWN_AROUND]
+    fix = "remove it or spell it otherwise; give a dialogue as turns and not as one text with its control tokens"
+    raise DataError(f"the prompt with {around!r} contains the control token {found!r}", fix=fix)
 
 
 def _eos(tokenizer: Tokenizer) -> int:
@@ -130,7 +154,10 @@ def check_prompt_lengths(
     Raises:
         DataError: a prompt is longer and `overlong` is error, or none is left; with file, line and length.
     """
-    prompts = [TokenizedPrompt(record, _located_tokens(tokenizer, record, chat)) for record in records]
+    prompts = []
+    for record in records:
+        tokens = located(record.where, prompt_tokens, tokenizer, record.prompt, chat=chat)
+        prompts.append(TokenizedPrompt(record, tokens))
     fitting = [prompt for prompt in prompts if len(prompt.tokens) <= max_tokens]
     longer = [prompt for prompt in prompts if len(prompt.tokens) > max_tokens]
     if not longer:
@@ -146,11 +173,12 @@ def check_prompt_lengths(
     return fitting
 
 
-def _located_tokens(tokenizer: Tokenizer, record: PromptRecord, chat: bool) -> list[int]:
+def located(where: str, function: Callable[..., list[int]], *args: Any, **kwargs: Any) -> list[int]:
+    """`function(...)`, whose DataError is told `where` (file:line) the row stands."""
     try:
-        return prompt_tokens(tokenizer, record.prompt, chat=chat)
+        return function(*args, **kwargs)
     except DataError as error:
-        raise DataError(f"{record.where}: {error.message}", fix=error.fix) from error
+        raise DataError(f"{where}: {error.message}", fix=error.fix) from error
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -186,8 +214,15 @@ def show_examples(
         for text, is_trained in _stretches(tokenizer, tokens, trained):
             marked = f"\u27e6{text}\u27e7" if is_trained and not console.color_system else text
             shown.append(marked, style="bold green" if is_trained else "dim")
-        console.print(Text(f"{len(tokens)} tokens, {sum(trained)} of them trained (highlighted):", style="italic"))
+        marked_too = f", {sum(trained)} of them trained (highlighted)" if any(trained) else ""
+        console.print(Text(f"{len(tokens)} tokens{marked_too}:", style="italic"))
         console.print(_shortened(shown))
+
+
+def show_prompts(console: Console, tokenizer: Tokenizer, title: str, prompts: Sequence[TokenizedPrompt]) -> None:
+    """Print the first two prompts as the model sees them; `title` is like "prompts.train.jsonl: format prompt"."""
+    tokens = [prompt.tokens for prompt in prompts[:_SHOWN_EXAMPLES]]
+    show_examples(console, tokenizer, title, [(row, [False] * len(row)) for row in tokens])
 
 
 def _stretches(tokenizer: Tokenizer, tokens: Sequence[int], trained: Sequence[bool]) -> Iterator[tuple[str, bool]]:

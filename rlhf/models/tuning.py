@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rlhf.checkpoint import export_folder
 from rlhf.config_schema import OptimConfig, TuningConfig
 from rlhf.errors import ConfigError
 
@@ -47,8 +52,11 @@ def apply_tuning(model: Any, cfg: TuningConfig, *, head: nn.Module | None = None
     if head is not None:
         config.exclude_modules = ["score"]
     try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            # peft reads an attribute that transformers renamed; nothing that a user could change.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            adapted = get_peft_model(model, config)
+    except (ValueError, re.error) as error:
         raise ConfigError(f"tuning.target_modules {cfg.target_modules!r}: {error}", fix="use all-linear") from None
     if head is not None:
         head.float().requires_grad_(True)
@@ -56,8 +64,34 @@ def apply_tuning(model: Any, cfg: TuningConfig, *, head: nn.Module | None = None
 
 
 def merge_tuning(handle: Any) -> Any:
-    """The plain transformers model with its adapters folded into the weights; ends training."""
-    return handle.merge_and_unload() if hasattr(handle, "merge_and_unload") else handle
+    """The plain transformers model with its adapters folded into the weights; ends training.
+
+    Added in float32 and rounded once. In bf16, which has 3 digits, a small adapter drowns in the weights all the
+    same: `save_adapter` keeps it as it is.
+    """
+    if not hasattr(handle, "unload"):
+        return handle
+    with torch.no_grad():
+        for layer in lora_layers(handle):
+            weight = layer.get_base_layer().weight
+            weight.copy_(folded_weight(layer))
+    return handle.unload()
+
+
+def save_adapter(handle: Any, folder: Path) -> bool:
+    """Write the adapter by itself, unrounded, in peft's layout; False when there is none."""
+    if not hasattr(handle, "unload"):
+        return False
+    with export_folder(folder) as staging:
+        handle.save_pretrained(staging)
+    return True
+
+
+def lora_layers(model: Any) -> list[Any]:
+    """Every adapted layer."""
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def shared_copy(model: Any) -> Any:
@@ -67,9 +101,8 @@ def shared_copy(model: Any) -> Any:
 
 def adapted_layers(model: Any, plain: Any) -> list[tuple[Any, Any]]:
     """Every LoRA layer of `model` with the plain layer at the same place of its `shared_copy`."""
-    from peft.tuners.lora import LoraLayer
-
-    return [(layer, plain.get_submodule(name)) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    adapted = set(lora_layers(model))
+    return [(module, plain.get_submodule(name)) for name, module in model.named_modules() if module in adapted]
 
 
 def folded_weight(layer: Any) -> torch.Tensor:
@@ -106,16 +139,17 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-def set_lr(optimizer: Any, cfg: OptimConfig, step: int, total: int, *, frozen: str = "") -> float:
+def set_lr(optimizer: Any, cfg: OptimConfig, step: int, total: int, *, delay: Mapping[str, int] | None = None) -> float:
     """Set every group's learning rate for optimizer step `step` of `total`; returns the first group's.
 
-    Groups of the role `frozen` get 0: neither gradient, nor weight decay, nor momentum moves them.
+    A role's groups wait for `delay[role]` steps and then go through the whole schedule in those that are left. While
+    they wait their rate is 0: neither gradient, nor weight decay, nor momentum moves them.
 
     Stateless, so a resumed run needs no scheduler state.
     """
-    factor = lr_factor(cfg, step, total)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if frozen and group.get("role") == frozen else group["base_lr"] * factor
+        waits = (delay or {}).get(group.get("role", ""), 0)
+        group["lr"] = group["base_lr"] * lr_factor(cfg, step - waits, total - waits) if step >= waits else 0.0
     return optimizer.param_groups[0]["lr"]
 
 

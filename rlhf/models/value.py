@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file
 
-from rlhf.models.load import load_sequence_classifier
+from rlhf.errors import ModelError
+from rlhf.models.load import load_sequence_classifier, resolve_model
 from rlhf.models.policy import hidden_states
 
 NORMALISATION_FILE = "reward_normalisation.json"
@@ -41,7 +43,9 @@ class ScalarModel(nn.Module):
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
         hidden_BTH = hidden_states(backbone, tokens_BT, attention_mask, positions_BT)
         with torch.autocast(hidden_BTH.device.type, enabled=False):  # a scalar head in bf16 has 3 digits
-            raw_BT = nn.functional.linear(hidden_BTH.float(), self.classifier.score.weight.float()).squeeze(-1)
+            head = self.classifier.score
+            bias = None if head.bias is None else head.bias.float()
+            raw_BT = nn.functional.linear(hidden_BTH.float(), head.weight.float(), bias).squeeze(-1)
         return (raw_BT - self.mean) / self.std
 
     def score_last(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
@@ -64,9 +68,22 @@ class Critic(nn.Module):
         return nn.functional.pad(after_BT[:, :-1], (1, 0))
 
 
-def load_scalar_model(name: str, *, dtype: torch.dtype) -> ScalarModel:
-    """A scalar model with its normalisation, if the folder has one."""
-    classifier = load_sequence_classifier(name, dtype=dtype)
-    file = Path(name) / NORMALISATION_FILE
-    moments = json.loads(file.read_text()) if file.is_file() else {}
-    return ScalarModel(classifier, mean=moments.get("mean", 0.0), std=moments.get("std", 1.0))
+def load_scalar_model(name: str, *, dtype: torch.dtype, new_head: bool = False) -> ScalarModel:
+    """A scalar model with its normalisation, if it comes with one.
+
+    Raises:
+        ModelError: as `load_sequence_classifier`, or its normalisation cannot be read.
+    """
+    classifier = load_sequence_classifier(name, dtype=dtype, new_head=new_head)
+    file = cached_file(
+        resolve_model(name),
+        NORMALISATION_FILE,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    try:
+        moments = json.loads(Path(file).read_text()) if file else {}
+        return ScalarModel(classifier, mean=float(moments.get("mean", 0.0)), std=float(moments.get("std", 1.0)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged ({error})", fix="restore it, or train the reward model again") from None

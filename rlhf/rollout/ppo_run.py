@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import Checkpoints, flatten_optimizer, unflatten_optimizer
-from rlhf.config import fingerprint
 from rlhf.config_schema import PPOStage
 from rlhf.errors import CheckpointError
 from rlhf.functional.kl import k1, sequence_kl
@@ -17,13 +16,10 @@ from rlhf.models.roles import Roles
 from rlhf.models.tuning import load_trainable, trainable_tensors
 from rlhf.progress import Progress
 from rlhf.rollout.buffer import RolloutBuffer
-from rlhf.runs import RunOptions
+from rlhf.runs import RunOptions, digests, learned_fingerprint, named_data, named_models
 from rlhf.runtime import Runtime
 from rlhf.tracking import Tracker
 from rlhf.types import KLController, Rollout, RolloutBatch, RunResult
-
-_FREE_TO_CHANGE = {"run_dir", "tracking", "save_every", "keep_checkpoints", "samples_per_step", "archive_rollouts"}
-"""Keys that may differ on resume: they change nothing that is learned."""
 
 
 class PPORun:
@@ -57,7 +53,7 @@ class PPORun:
             module: the unwrapped actor-critic whose trained parameters are saved.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another configuration.
+            CheckpointError: the checkpoint belongs to another configuration or to other inputs.
         """
         with Progress(stage="ppo", enabled=runtime.is_main) as progress:
             if options.resume == "never" and runtime.is_main:
@@ -156,6 +152,7 @@ class Saver:
     ) -> None:
         self.first_step = 0
         self._cfg, self._runtime, self._say = cfg, runtime, say
+        self._inputs = digests(named_data(cfg) | named_models(cfg), exact=True)
         self._module, self._optimizer, self._kl_control = module, optimizer, kl_control
         self._checkpoints = Checkpoints(cfg.run_dir, cfg.keep_checkpoints, say=say, writer=runtime.is_main)
 
@@ -163,7 +160,7 @@ class Saver:
         """Go on from the newest verified checkpoint, if there is one.
 
         Raises:
-            CheckpointError: it belongs to another configuration, or all are damaged.
+            CheckpointError: it belongs to another configuration, data file or model, or all are damaged.
         """
         found = self._checkpoints.latest()
         if found is None:
@@ -173,6 +170,7 @@ class Saver:
                 f"the checkpoints in {self._cfg.run_dir} were made with another configuration",
                 fix="restore the configuration, use another run_dir, or start anew with --resume never",
             )
+        self._refuse_changed_inputs(found.meta.get("inputs", {}))
         load_trainable(self._module, found.tensors("trainable"))
         self._optimizer.load_state_dict(unflatten_optimizer(found.tensors("optimizer"), found.state["optimizer"]))
         self._kl_control.load_state_dict(found.state["kl_control"])
@@ -190,9 +188,19 @@ class Saver:
                 step,
                 {"trainable": trainable_tensors(self._module), "optimizer": tensors},
                 {"optimizer": plain, "kl_control": self._kl_control.state_dict()},
-                {"config": learned_fingerprint(self._cfg)},
+                {"config": learned_fingerprint(self._cfg), "inputs": self._inputs},
             )
         self._runtime.barrier()
+
+    def _refuse_changed_inputs(self, recorded: dict[str, str]) -> None:
+        """Steps on other prompts, or LoRA weights over another base, would be one run in name only."""
+        changed = sorted(name for name, digest in recorded.items() if self._inputs.get(name) != digest)
+        if changed:
+            raise CheckpointError(
+                f"changed since the checkpoints in {self._cfg.run_dir} were made: {', '.join(changed)}",
+                fix="restore what changed, use another run_dir, or start anew: with --resume never, or without "
+                f"{self._cfg.run_dir}/checkpoints",
+            )
 
 
 def set_aside(folder: Path) -> None:
@@ -214,8 +222,3 @@ def sample_row(rollout: Rollout, kl: float) -> dict[str, Any]:
         "tokens": len(rollout.response_tokens),
         "stop": rollout.stop.value,
     }
-
-
-def learned_fingerprint(cfg: PPOStage) -> str:
-    """Fingerprint of every key that changes what is learned."""
-    return fingerprint({k: v for k, v in cfg.model_dump(mode="json").items() if k not in _FREE_TO_CHANGE})

@@ -14,11 +14,11 @@ from reward_model.model import RewardModel
 from rlhf.config_schema import EvaluateStage
 from rlhf.data.order import generator_for
 from rlhf.data.records import read_prompts
-from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths
+from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, show_prompts
 from rlhf.eval.diversity import distinct_n
 from rlhf.eval.winrate import mean_interval, win_rate
 from rlhf.files import atomic_write
-from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer
+from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer, require_same_tokens
 from rlhf.models.policy import Policy
 from rlhf.progress import Progress
 from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows
@@ -47,15 +47,16 @@ def main(cfg: EvaluateStage, options: RunOptions) -> RunResult:
     """Write evaluation.json and rollouts/<policy>.parquet."""
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     tokenizer = load_tokenizer(cfg.policies[cfg.candidate])
+    for role, name in [*cfg.policies.items(), ("reference", cfg.reference), ("base", cfg.base)]:
+        require_same_tokens(name, tokenizer, role=role)
+    records = read_prompts(cfg.prompts)
     prompts = check_prompt_lengths(
-        read_prompts(cfg.prompts),
-        tokenizer,
-        chat=cfg.prompts.chat,
-        max_tokens=cfg.max_prompt_tokens,
-        overlong=cfg.overlong,
+        records, tokenizer, chat=cfg.prompts.chat, max_tokens=cfg.max_prompt_tokens, overlong=cfg.overlong
     )
     mine = prompts[runtime.rank :: runtime.world_size]
     with Progress(stage="evaluate", enabled=runtime.is_main) as progress:
+        if runtime.is_main:
+            show_prompts(progress.console, tokenizer, f"{cfg.prompts.path}: format {records.format}", prompts)
         steps = progress.phase("policies", total=len(cfg.policies), outer=True, unit="policies")
         reference = runtime.freeze(Policy(load_causal_lm(cfg.reference, dtype=runtime.dtype)))
         base = runtime.freeze(Policy(load_causal_lm(cfg.base, dtype=runtime.dtype)))
@@ -120,9 +121,9 @@ def measure(
     for rollout, gold in zip(rollouts, SCORERS[cfg.scorer](rollouts), strict=True):
         rollout.gold_score = gold
     batch = RolloutBuffer(rollouts).batch(runtime.device)
-    mine, entropy = _sequence_sums(policy, batch, cfg, runtime)
-    theirs, _ = _sequence_sums(reference, batch, cfg, runtime)
-    under_base, _ = _sequence_sums(base, batch, cfg, runtime)
+    mine, entropy = _sequence_sums(policy, batch, runtime, temperature=cfg.sampling.temperature)
+    theirs, _ = _sequence_sums(reference, batch, runtime, temperature=cfg.sampling.temperature)
+    under_base, _ = _sequence_sums(base, batch, runtime, temperature=1.0)  # perplexity knows no temperature
     scores = reward(rollouts) if reward else None
     for i, rollout in enumerate(rollouts):
         rollout.score = scores[i] if scores else None
@@ -131,7 +132,7 @@ def measure(
 
 @torch.no_grad()
 def _sequence_sums(
-    model: Policy, batch: RolloutBatch, cfg: EvaluateStage, runtime: Runtime
+    model: Policy, batch: RolloutBatch, runtime: Runtime, *, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probability, entropy) of each answer, summed over its tokens, in nats: [B], [B]."""
     logprob_B, entropy_B = torch.zeros(len(batch)), torch.zeros(len(batch))
@@ -139,7 +140,7 @@ def _sequence_sums(
         part = batch.select(rows)
         with runtime.autocast():
             logprobs_BT, entropy_BT = model(
-                part.tokens_BT, part.attention_mask_BT, part.action_mask_BT, temperature=cfg.sampling.temperature
+                part.tokens_BT, part.attention_mask_BT, part.action_mask_BT, temperature=temperature
             )
         logprob_B[rows] = logprobs_BT.float().sum(1).cpu()
         entropy_B[rows] = entropy_BT.float().sum(1).cpu()

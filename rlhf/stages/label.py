@@ -52,7 +52,8 @@ To label by hand instead
   2. For each line, read `prompt` and `responses`, and write `ranks`: one number per response, 1 for the best,
      equal numbers for a tie. [2, 1, 3] says that the second response is the best. Do not look at old ranks.
   3. Delete `wins` and `gold_scores`: they come from the simulation, and `wins` counts for more than `ranks`.
-     Keep `tokens`, if present, as they are. Write "human" for "simulated" in `meta`.
+     Keep `tokens`, if present, as they are; a response whose text you edit is read from its text. Write "human"
+     for "simulated" in `meta`.
   4. Train on it: rlhf reward CONFIG dataset.path=YOUR_FILE dataset.format=ranking
 The least that a line needs: {{"prompt": "...", "responses": ["...", "..."], "ranks": [2, 1]}}
 """
@@ -90,7 +91,9 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
     """
     from rlhf.rollout.buffer import RolloutBuffer
 
-    result = label_rollouts(RolloutBuffer.from_parquet(cfg.rollouts).rollouts, cfg)
+    rollouts = RolloutBuffer.from_parquet(cfg.rollouts).rollouts
+    heldout = RolloutBuffer.from_parquet(cfg.heldout_rollouts).rollouts if cfg.heldout_rollouts else []
+    result = label_rollouts(rollouts, cfg, heldout)
     outputs = _write(result, cfg)
     _print_table(result.report)
     agreement = result.report["agreement_with_gold"]["aggregate"]
@@ -98,13 +101,24 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
     return RunResult(cfg.run_dir, summary, outputs)
 
 
-def label_rollouts(rollouts: Sequence[Rollout], cfg: LabelStage) -> LabelResult:
+def label_rollouts(
+    rollouts: Sequence[Rollout], cfg: LabelStage, heldout_rollouts: Sequence[Rollout] = ()
+) -> LabelResult:
     """The stage without its files: rollouts in, rankings, judgments and report out.
 
+    The same annotators label all of it. Held out are the prompts of `heldout_rollouts`, else a share.
+
     Raises:
-        DataError: a prompt has a single response, or no prompt has two different ones.
+        DataError: a prompt has a single response, no prompt has two different ones, or one is to be trained on and
+            held out.
     """
-    everyone = group_rollouts(rollouts)
+    held_ids = {rollout.prompt_id for rollout in heldout_rollouts}
+    if both := held_ids & {rollout.prompt_id for rollout in rollouts}:
+        raise DataError(
+            f"{len(both)} prompts are in rollouts and in heldout_rollouts, {min(both)!r} for one",
+            fix="sample held-out prompts that are not in the training prompts",
+        )
+    everyone = group_rollouts([*rollouts, *heldout_rollouts])
     groups = [group for group in everyone if len(group.rollouts) >= 2]
     if not groups:
         raise DataError(
@@ -116,7 +130,10 @@ def label_rollouts(rollouts: Sequence[Rollout], cfg: LabelStage) -> LabelResult:
     fit = dawid_skene(votes) if cfg.aggregate == "dawid_skene" else None
     posteriors = fit.posteriors if fit else majority(votes)
     rankings = _rankings(groups, gold_BK, posteriors, cfg)
-    train, heldout = split_by_prompt(rankings, cfg.heldout_fraction, cfg.seed)
+    if held_ids:
+        train, heldout = split_off(rankings, held_ids)
+    else:
+        train, heldout = split_by_prompt(rankings, cfg.heldout_fraction, cfg.seed)
     report = {
         "notice": NOTICE,
         "labels": "simulated",
@@ -181,9 +198,13 @@ def split_by_prompt(
     n = round(heldout_fraction * len(order))
     if heldout_fraction > 0:
         n = min(max(n, 1), len(order) - 1)
-    held = set(order[:n])
-    train = [ranking for ranking in rankings if ranking.prompt_id not in held]
-    return train, [ranking for ranking in rankings if ranking.prompt_id in held]
+    return split_off(rankings, set(order[:n]))
+
+
+def split_off(rankings: Sequence[Ranking], held_ids: set[str]) -> tuple[list[Ranking], list[Ranking]]:
+    """(train, held-out), each in the given order."""
+    train = [ranking for ranking in rankings if ranking.prompt_id not in held_ids]
+    return train, [ranking for ranking in rankings if ranking.prompt_id in held_ids]
 
 
 def _rankings(

@@ -1,6 +1,7 @@
 """All stages in order, each in its own process through the same entry; what is done is skipped.
 
-A stage is done when its folder holds a result.json that was made by the same configuration from the same inputs.
+A stage is done when its folder holds a result.json that was made by the same configuration from the same inputs;
+keys that change nothing that is learned (`runs.FREE_TO_CHANGE`) do not count.
 Its memory goes back to the machine when its process ends, and an interruption costs at most one stage (PPO: the
 steps since its last checkpoint).
 """
@@ -8,7 +9,6 @@ steps since its last checkpoint).
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shlex
 import subprocess
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from rlhf.config import fingerprint, resolve_path, validate
+from rlhf.config import fingerprint, validate
 from rlhf.config_schema import PipelineStage
-from rlhf.errors import StageError
+from rlhf.errors import ConfigError, StageError
 from rlhf.files import atomic_write
-from rlhf.runs import RunOptions
+from rlhf.runs import RESULT, RunOptions, digests, learned_fingerprint, named_data, named_models
 
 if TYPE_CHECKING:
     from rlhf.types import RunResult
@@ -88,20 +88,39 @@ def check(cfg: PipelineStage) -> dict[str, Any]:
     """Every stage's validated configuration, inputs filled in, before anything runs.
 
     Raises:
-        ConfigError: naming the block and its keys at fault.
+        ConfigError: naming every block and its keys at fault.
     """
-    return {
-        stage: validate(block, stage, source=f"block {stage!r} of the pipeline") for stage, block in wire(cfg).items()
-    }
+    checked, wrong = {}, []
+    for stage, block in wire(cfg).items():
+        if "run_dir" in getattr(cfg, stage):
+            wrong.append(f"block {stage!r} of the pipeline: run_dir belongs to the pipeline, which names its stages'")
+        try:
+            checked[stage] = validate(block, stage, source=f"block {stage!r} of the pipeline")
+        except ConfigError as error:
+            wrong.append(error.message)
+    if wrong:
+        raise ConfigError("\n".join(wrong), fix="correct the blocks' keys, in the file or with stage.key=value")
+    label = checked["label"]
+    if label.heldout_fraction == 0 and label.heldout_rollouts is None and "eval_dataset" not in cfg.reward:
+        raise ConfigError(
+            "label.heldout_fraction is 0: label writes no held-out rankings, and reward would test on them",
+            fix="set label.heldout_fraction > 0, or reward.eval_dataset to a file, or to null for a share of the "
+            "training rankings (reward.heldout_fraction)",
+        )
+    return checked
 
 
 def identify(stage: str, stage_cfg: Any, cfg: PipelineStage, *, upstream: str, upstream_done: bool) -> Planned:
-    """A stage with the key of its configuration and inputs; the inputs' files are read now.
+    """A stage with the key of what it learns and of its inputs; the inputs' files are read now.
 
     The chain of keys carries a change of any earlier stage to all later ones, and a data file edited by hand
-    (labels, for one) to the stages that read it.
+    (labels, for one), or new weights in a model's folder, to the stages that read it. Models of this pipeline are
+    left to the chain: they must give the same key before they are made and after.
     """
-    key = fingerprint([upstream, stage, stage_cfg.model_dump(mode="json"), _file_hashes(stage_cfg)])
+    ours = Path(cfg.run_dir).resolve()
+    models = {name for name in named_models(stage_cfg) if not Path(name).resolve().is_relative_to(ours)}
+    inputs = digests(named_data(stage_cfg) | models, exact=False)
+    key = fingerprint([upstream, stage, learned_fingerprint(stage_cfg), inputs])
     return Planned(stage, stage_cfg, key, upstream_done and _is_done(stage_dir(cfg, stage), stage, key))
 
 
@@ -132,6 +151,8 @@ def wire(cfg: PipelineStage) -> dict[str, dict[str, Any]]:
         },
         "report": {"title": cfg.title, **{f"{s}_dir": str(folder[s]) for s in ORDER if s != "report"}},
     }
+    if cfg.sample.get("heldout_prompts"):
+        inputs["label"]["heldout_rollouts"] = str(folder["sample"] / "rollouts" / "heldout.parquet")
     tracking = {"group": Path(cfg.run_dir).name, **cfg.tracking.model_dump(exclude_defaults=True)}
     shared = {"seed": cfg.seed, "precision": cfg.precision, "tracking": tracking}
     return {
@@ -175,9 +196,9 @@ def _finished(stage: str) -> str:
 
 def _is_done(folder: Path, stage: str, key: str) -> bool:
     file = folder / _finished(stage)
-    if not (file.is_file() and file.read_text() == key and (folder / "result.json").is_file()):
+    if not (file.is_file() and file.read_text() == key and (folder / RESULT).is_file()):
         return False
-    outputs = json.loads((folder / "result.json").read_text())["outputs"]
+    outputs = json.loads((folder / RESULT).read_text())["outputs"]
     return all(Path(path).exists() for path in outputs.values() if Path(path).is_relative_to(folder))
 
 
@@ -191,20 +212,3 @@ def _clear_if_changed(folder: Path, planned: Planned) -> None:
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     folder.rename(aside)
-
-
-def _file_hashes(stage_cfg: Any) -> list[str]:
-    """SHA-256 of every local data file that this configuration names."""
-    hashes = []
-    for path in sorted(_paths(stage_cfg.model_dump(mode="json"))):
-        file = Path(resolve_path(path))
-        if file.is_file():
-            hashes.append(hashlib.sha256(file.read_bytes()).hexdigest())
-    return hashes
-
-
-def _paths(node: Any) -> set[str]:
-    if isinstance(node, dict):
-        here = {node["path"]} if isinstance(node.get("path"), str) else set()
-        return here.union(*(_paths(value) for value in node.values()))
-    return set()

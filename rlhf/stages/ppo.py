@@ -20,15 +20,23 @@ from reward_model.model import RewardModel
 from rlhf.config_schema import PPOStage
 from rlhf.data.order import generator_for, rows_for_step
 from rlhf.data.records import read_prompts
-from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, prompt_tokens, response_tokens
-from rlhf.errors import InvariantError
+from rlhf.data.templates import (
+    TokenizedPrompt,
+    check_prompt_lengths,
+    located,
+    prompt_tokens,
+    response_tokens,
+    show_prompts,
+)
+from rlhf.errors import ConfigError, InvariantError
 from rlhf.functional.advantages import clip_scores, gae, penalised_rewards
 from rlhf.functional.kl import k1
 from rlhf.functional.losses import kl_loss, max_ratio_deviation, policy_loss, value_loss
 from rlhf.functional.masked import masked_sum, moments, whiten
-from rlhf.kl_control import AdaptiveKL, FixedKL
+from rlhf.kl_control import MAX_ERROR, AdaptiveKL, FixedKL
 from rlhf.models.roles import Roles, build_roles
 from rlhf.models.tuning import build_optimizer, set_lr
+from rlhf.rollout.assertions import assert_common_start, assert_first_ratio
 from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows, minibatch_rows
 from rlhf.rollout.collect import collect, missing_eos_penalty
 from rlhf.rollout.generate import GenerationSettings
@@ -37,7 +45,7 @@ from rlhf.rollout.scorers import SCORERS
 from rlhf.rollout.statistics import step_metrics
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
-from rlhf.types import RewardFn, Rollout, RolloutBatch, RunResult
+from rlhf.types import KLController, RewardFn, Rollout, RolloutBatch, RunResult
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -47,16 +55,16 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     roles = build_roles(cfg, runtime)
     reward_fn = build_reward(cfg, roles, runtime)
-    prompts = load_prompts(cfg, roles.tokenizer)
+    prompts, title = load_prompts(cfg, roles.tokenizer)
     ptx = load_ptx(cfg, roles.tokenizer)
     optimizer = build_optimizer(roles.parameter_groups(cfg), cfg.optim)
     actor_critic, optimizer = runtime.prepare(roles.actor_critic, optimizer, micro_batch_size=cfg.micro_batch_size)
-    kl_control = (
-        FixedKL(cfg.kl.coef) if cfg.kl.kind == "fixed" else AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)
-    )
+    kl_control = build_kl_control(cfg, runtime)
 
     module = roles.actor_critic
     with PPORun.open(cfg, options, runtime, module=module, optimizer=optimizer, kl_control=kl_control) as run:
+        if runtime.is_main:
+            show_prompts(run.progress.console, roles.tokenizer, title, prompts)
         for step in run.steps():
             with run.phase("generate"):
                 # 1. Sample responses to this step's prompts.
@@ -66,22 +74,21 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
                 batch = score_rollouts(rollouts, reward_fn, cfg, runtime)
                 epochs = plan_epochs(len(batch), cfg, generator_for(cfg.seed, "epochs", step, runtime.rank))
                 evaluate_rollouts(batch, epochs[0], actor_critic, roles.reference, cfg, runtime)
-            if step == 0 and cfg.reference in (None, cfg.model):
-                assert_reference_is_policy(batch, runtime)
+            if step == 0:
+                assert_common_start(batch, runtime, same_reference=cfg.reference in (None, cfg.model))
             # 3. Rewards: -coef * KL on every action, the score on the last one.
             shape_rewards(batch, cfg, runtime, kl_coef=kl_control.coef)
             # 4. Generalised advantages, then whitened over the global batch.
-            estimate_advantages(batch, cfg, runtime)
+            estimate_advantages(batch, cfg, runtime, bootstrap_B=bootstrap_values(batch, actor_critic, cfg, runtime))
             with run.phase("update"):
                 # 5. Epochs of minibatches on the clipped objective.
-                lr = set_lr(
-                    optimizer, cfg.optim, step, cfg.steps, frozen="policy" if step < cfg.critic_warmup_steps else ""
-                )
+                lr = set_lr(optimizer, cfg.optim, step, cfg.steps, delay={"policy": cfg.critic_warmup_steps})
                 learner = Learner(actor_critic, optimizer, cfg, runtime, step, kl_control.coef)
                 sums = train(learner, batch, epochs, ptx)
             metrics = step_metrics(batch, rollouts, sums, runtime, kl_coef=kl_control.coef)
             # 6. The KL controller answers to the KL that was measured.
-            kl_control.update(metrics["objective/kl"], n=cfg.batch_size * runtime.world_size)
+            if step >= cfg.critic_warmup_steps:
+                kl_control.update(metrics["objective/kl"], n=cfg.batch_size * runtime.world_size)
             # 7. Metrics, samples, checkpoint.
             run.log(step, {**metrics, "lr": lr}, batch, rollouts)
             run.save_if_due(step)
@@ -101,15 +108,30 @@ def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
     )
 
 
-def load_prompts(cfg: PPOStage, tokenizer: Any) -> list[TokenizedPrompt]:
-    """Tokenized prompts, over-long ones handled as `overlong` says."""
-    return check_prompt_lengths(
-        read_prompts(cfg.prompts),
-        tokenizer,
-        chat=cfg.prompts.chat,
-        max_tokens=cfg.max_prompt_tokens,
-        overlong=cfg.overlong,
+def build_kl_control(cfg: PPOStage, runtime: Runtime) -> KLController:
+    """Fixed or adaptive, by the configuration.
+
+    Raises:
+        ConfigError: with this many processes one step could turn the coefficient negative.
+    """
+    if cfg.kl.kind == "fixed":
+        return FixedKL(cfg.kl.coef)
+    shortest = MAX_ERROR * cfg.batch_size * runtime.world_size
+    if cfg.kl.horizon <= shortest:
+        raise ConfigError(
+            f"kl.horizon {cfg.kl.horizon} is too short for {cfg.batch_size} rollouts on {runtime.world_size} processes",
+            fix=f"set it above {shortest:g}, better to many steps' worth of episodes",
+        )
+    return AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)
+
+
+def load_prompts(cfg: PPOStage, tokenizer: Any) -> tuple[list[TokenizedPrompt], str]:
+    """(tokenized prompts, over-long ones handled as `overlong` says; the file and the format that was found)."""
+    records = read_prompts(cfg.prompts)
+    prompts = check_prompt_lengths(
+        records, tokenizer, chat=cfg.prompts.chat, max_tokens=cfg.max_prompt_tokens, overlong=cfg.overlong
     )
+    return prompts, f"{cfg.prompts.path}: format {records.format}"
 
 
 def load_ptx(cfg: PPOStage, tokenizer: Any) -> list[Rollout]:
@@ -121,7 +143,7 @@ def load_ptx(cfg: PPOStage, tokenizer: Any) -> list[Rollout]:
 
     rows = []
     for record in read_demonstrations(cfg.ptx):
-        prompt = prompt_tokens(tokenizer, record.prompt, chat=cfg.ptx.chat)
+        prompt = located(record.where, prompt_tokens, tokenizer, record.prompt, chat=cfg.ptx.chat)
         response = response_tokens(tokenizer, record.completion, finished=True)
         mask = [False] * len(prompt) + [True] * len(response)
         rows.append(
@@ -221,10 +243,11 @@ def shape_rewards(batch: RolloutBatch, cfg: PPOStage, runtime: Runtime, *, kl_co
         batch.rewards_BT = whiten(batch.rewards_BT, batch.action_mask_BT, global_moments, center=False)
 
 
-def estimate_advantages(batch: RolloutBatch, cfg: PPOStage, runtime: Runtime) -> None:
+def estimate_advantages(
+    batch: RolloutBatch, cfg: PPOStage, runtime: Runtime, *, bootstrap_B: Tensor | None = None
+) -> None:
     """GAE; returns are the unwhitened advantages plus the old values; then whitening over the global batch."""
     mask_BT = batch.action_mask_BT
-    bootstrap_B = last_values(batch) * batch.truncated_B if cfg.bootstrap_truncated else None
     advantages_BT = gae(
         batch.rewards_BT, batch.values_BT, mask_BT, gamma=cfg.gamma, lam=cfg.lam, bootstrap_B=bootstrap_B
     )
@@ -234,11 +257,20 @@ def estimate_advantages(batch: RolloutBatch, cfg: PPOStage, runtime: Runtime) ->
     batch.advantages_BT = advantages_BT
 
 
-def last_values(batch: RolloutBatch) -> Tensor:
-    """Value before the last action: the nearest estimate of what a truncated answer would still have earned."""
-    positions_T = torch.arange(batch.action_mask_BT.shape[1], device=batch.tokens_BT.device)
-    last_B = (positions_T * batch.action_mask_BT).argmax(1)
-    return batch.values_BT.gather(1, last_B[:, None]).squeeze(1)
+@torch.no_grad()
+def bootstrap_values(batch: RolloutBatch, actor_critic: Any, cfg: PPOStage, runtime: Runtime) -> Tensor | None:
+    """What a truncated answer would still have earned: the value after its last token; 0 for a finished one."""
+    if not cfg.bootstrap_truncated:
+        return None
+    values_B = torch.zeros_like(batch.scores_B)
+    scalar = runtime.unwrap(actor_critic).critic.scalar
+    truncated = batch.truncated_B.nonzero().squeeze(1)
+    for start in range(0, len(truncated), cfg.micro_batch_size):
+        rows = truncated[start : start + cfg.micro_batch_size]
+        part = batch.select(rows)
+        with runtime.autocast():
+            values_B[rows] = scalar.score_last(part.tokens_BT, part.attention_mask_BT).float()
+    return values_B
 
 
 # --- the update -------------------------------------------------------------------------------------------
@@ -266,7 +298,9 @@ def train(
         epoch_sums: dict[str, float] = {}
         for index, rows in enumerate(minibatches):
             nth = (step * len(epochs) + epoch) * len(minibatches) + index
-            texts = ptx_texts(ptx, nth, min(len(rows), cfg.micro_batch_size), cfg, runtime)
+            # While the critic warms up, gradients would only fill the frozen policy's moments.
+            mixed = ptx if step >= cfg.critic_warmup_steps else ()
+            texts = ptx_texts(mixed, nth, min(len(rows), cfg.micro_batch_size), cfg, runtime)
             sums = update(learner, batch, rows, texts)
             deviation = sums.pop("max_ratio_deviation")
             if epoch == 0 and index == 0:
@@ -381,40 +415,6 @@ def ptx_loss(actor_critic: Any, texts: Sequence[Rollout], cfg: PPOStage, runtime
         logprobs_BT, _, values_BT = actor_critic(batch.tokens_BT, batch.attention_mask_BT, batch.action_mask_BT)
     denominator = runtime.denominator(int(batch.action_mask_BT.sum()))
     return -cfg.ptx_coef * masked_sum(logprobs_BT, batch.action_mask_BT) / denominator + 0.0 * values_BT.sum()
-
-
-# --- run-time assertions (ppo.md, checklist 6) --------------------------------------------------------------
-
-
-def assert_first_ratio(worst: float, runtime: Runtime) -> None:
-    """The first ratio of a step is 1: nothing has changed since the old logprobs were taken.
-
-    Raises:
-        InvariantError: it is not; training would follow a wrong gradient.
-    """
-    tolerance = 1e-6 if runtime.precision == "fp32" else 0.05
-    if worst > tolerance:
-        raise InvariantError(
-            f"the first minibatch's ratio is off 1 by {worst:.2g} (allowed in {runtime.precision}: {tolerance:.0e})",
-            fix="look for dropout, a sampler with another temperature, or a non-deterministic kernel",
-        )
-
-
-def assert_reference_is_policy(batch: RolloutBatch, runtime: Runtime) -> None:
-    """Before the first update policy and reference are the same function: KL is 0.
-
-    Raises:
-        InvariantError: it is not; the KL penalty would pull towards a wrong model.
-    """
-    kl_BT = k1(batch.logprobs_BT, batch.ref_logprobs_BT)
-    tokens = max(1, int(batch.action_mask_BT.sum()))
-    mean = float(masked_sum(kl_BT, batch.action_mask_BT)) / tokens
-    tolerance = 1e-5 if runtime.precision == "fp32" else 0.02
-    if abs(mean) > tolerance:
-        raise InvariantError(
-            f"KL(policy, reference) is {mean:.2g} nats per token before the first update; it must be 0",
-            fix="check that `reference` is the model that `model` was saved from, in the same precision",
-        )
 
 
 # --- small helpers ----------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rlhf.config_schema import SampleStage
+from rlhf.config_schema import DatasetConfig, SampleStage
 from rlhf.data.order import generator_for
 from rlhf.data.records import read_prompts
-from rlhf.data.templates import check_prompt_lengths
+from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, show_prompts
 from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer
 from rlhf.progress import Progress
 from rlhf.rollout.buffer import RolloutBuffer
@@ -19,42 +21,69 @@ from rlhf.types import Rollout, RunResult, StopReason
 
 
 def main(cfg: SampleStage, options: RunOptions) -> RunResult:
-    """Write `rollouts/samples.parquet`; every rank samples its share of the prompts."""
+    """Write `rollouts/samples.parquet` and, of held-out prompts, `rollouts/heldout.parquet`."""
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     tokenizer = load_tokenizer(cfg.model)
-    prompts = check_prompt_lengths(
-        read_prompts(cfg.prompts),
-        tokenizer,
-        chat=cfg.prompts.chat,
-        max_tokens=cfg.max_prompt_tokens,
-        overlong=cfg.overlong,
-    )
-    lm = runtime.freeze(load_causal_lm(cfg.model, dtype=runtime.dtype))
-    settings = GenerationSettings(
-        tuple(eos_token_ids(lm, tokenizer)),
-        cfg.sampling.max_new_tokens,
-        cfg.sampling.temperature,
-        cfg.sampling.batch_size,
-    )
-    mine = prompts[runtime.rank :: runtime.world_size]
-    k = cfg.completions_per_prompt
+    sources = {"samples": cfg.prompts, "heldout": cfg.heldout_prompts}
+    outputs, summary = {"model": cfg.model}, {}
     with Progress(stage="sample", enabled=runtime.is_main) as progress:
-        progress.phase("generate", total=len(mine) * k * settings.max_new_tokens, unit="tokens")
-        rollouts = collect(
-            lm,
-            mine,
-            settings,
-            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-            generator=generator_for(cfg.seed, "sample", runtime.rank, device=runtime.device),
-            copies=k,
-            policy=cfg.model,
-            on_tokens=progress.advance,
-        )
-    rollouts = runtime.gather_objects(rollouts)
-    path = Path(cfg.run_dir) / "rollouts" / "samples.parquet"
+        prompts = {
+            name: load_prompts(source, tokenizer, cfg, runtime, progress) for name, source in sources.items() if source
+        }
+        lm = runtime.freeze(load_causal_lm(cfg.model, dtype=runtime.dtype))
+        for name, given in prompts.items():
+            rollouts = sample(name, lm, given, tokenizer, cfg, runtime, progress)
+            path = Path(cfg.run_dir) / "rollouts" / f"{name}.parquet"
+            if runtime.is_main:
+                RolloutBuffer(rollouts).to_parquet(path)
+            outputs["rollouts" if name == "samples" else "heldout_rollouts"] = str(path)
+            summary[name] = summarise(rollouts, len(given))
+    return RunResult(cfg.run_dir, {**summary.pop("samples"), **summary}, outputs)
+
+
+def load_prompts(
+    source: DatasetConfig, tokenizer: Any, cfg: SampleStage, runtime: Runtime, progress: Progress
+) -> list[TokenizedPrompt]:
+    """Tokenized prompts of one file, two of them shown."""
+    records = read_prompts(source)
+    prompts = check_prompt_lengths(
+        records, tokenizer, chat=source.chat, max_tokens=cfg.max_prompt_tokens, overlong=cfg.overlong
+    )
     if runtime.is_main:
-        RolloutBuffer(rollouts).to_parquet(path)
-    return RunResult(cfg.run_dir, summarise(rollouts, len(prompts)), {"rollouts": str(path), "model": cfg.model})
+        show_prompts(progress.console, tokenizer, f"{source.path}: format {records.format}", prompts)
+    return prompts
+
+
+def sample(
+    name: str,
+    lm: Any,
+    prompts: Sequence[TokenizedPrompt],
+    tokenizer: Any,
+    cfg: SampleStage,
+    runtime: Runtime,
+    progress: Progress,
+) -> list[Rollout]:
+    """All ranks' completions; every rank samples its share of the prompts."""
+    mine, k = prompts[runtime.rank :: runtime.world_size], cfg.completions_per_prompt
+    eos_ids = tuple(eos_token_ids(lm, tokenizer))
+    settings = GenerationSettings(
+        eos_ids, cfg.sampling.max_new_tokens, cfg.sampling.temperature, cfg.sampling.batch_size
+    )
+    key = "sample" if name == "samples" else name
+    progress.phase(
+        "generate" if name == "samples" else name, total=len(mine) * k * settings.max_new_tokens, unit="tokens"
+    )
+    rollouts = collect(
+        lm,
+        mine,
+        settings,
+        decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+        generator=generator_for(cfg.seed, key, runtime.rank, device=runtime.device),
+        copies=k,
+        policy=cfg.model,
+        on_tokens=progress.advance,
+    )
+    return runtime.gather_objects(rollouts)
 
 
 def summarise(rollouts: list[Rollout], prompts: int) -> dict[str, float]:

@@ -14,10 +14,10 @@ from rlhf.checkpoint import export_folder
 from rlhf.config import did_you_mean
 from rlhf.config_schema import DatasetConfig, SFTStage
 from rlhf.data.records import read_demonstrations
-from rlhf.data.templates import prompt_tokens, response_tokens, show_examples
+from rlhf.data.templates import located, prompt_tokens, response_tokens, show_examples
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.load import load_causal_lm, load_tokenizer
-from rlhf.models.tuning import lora_config, merge_tuning, storage_dtype
+from rlhf.models.tuning import apply_tuning, merge_tuning, save_adapter, storage_dtype
 from rlhf.progress import Progress
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
@@ -39,28 +39,34 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
             stage="sft",
             config=cfg.model_dump(mode="json"),
             enabled=runtime.is_main,
-            resume_step=0,
+            resume_step=None,
             say=progress.say,
         ) as tracker,
     ):
         train = to_dataset(cfg.dataset, tokenizer, cfg, progress)
         evaluation = to_dataset(cfg.eval_dataset, tokenizer, cfg, progress) if cfg.eval_dataset else None
         reporter = Reporter(progress, tracker)
-        trainer = SFTTrainer(
-            model=load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype)),
-            args=trainer_config(cfg, has_eval=evaluation is not None),
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            peft_config=lora_config(cfg.tuning) if cfg.tuning.kind == "lora" else None,
-            callbacks=[reporter],
-        )
+        arguments = trainer_config(cfg, has_eval=evaluation is not None)
+        handle = apply_tuning(load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype)), cfg.tuning)
+        try:
+            trainer = SFTTrainer(
+                model=handle,
+                args=arguments,
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=tokenizer,
+                callbacks=[reporter],
+            )
+        except (TypeError, ValueError) as error:  # values that contradict one another
+            raise ConfigError(f"trainer: trl.SFTTrainer refuses it: {error}", fix="correct the value") from error
         trainer.remove_callback(_printer_callback())
         if runtime.is_main:
             show_examples(progress.console, tokenizer, "SFT (prompt and completion)", trained_examples(trainer))
         trainer.train()
     final = Path(cfg.run_dir) / "final"
-    model = merge_tuning(trainer.accelerator.unwrap_model(trainer.model))
+    if runtime.is_main:
+        save_adapter(handle, Path(cfg.run_dir) / "adapter")
+    model = merge_tuning(handle)
     if runtime.is_main:
         with export_folder(final) as folder:
             model.to(runtime.dtype).save_pretrained(folder)
@@ -82,19 +88,23 @@ def to_dataset(source: DatasetConfig, tokenizer: Any, cfg: SFTStage, progress: P
 
     disable_progress_bars()  # TRL cuts to max_length in a moment; its bars would tear ours
     rows = read_demonstrations(source)
+    progress.say(f"{source.path}: format {rows.format}, {len(rows)} demonstrations")
     progress.phase("tokenize", total=len(rows), unit="rows")
-    converted = []
+    converted, cut = [], 0
     for row in rows:
-        prompt = prompt_tokens(tokenizer, row.prompt, chat=source.chat)
+        prompt = located(row.where, prompt_tokens, tokenizer, row.prompt, chat=source.chat)
         if len(prompt) >= cfg.max_length:
             raise DataError(
                 f"{row.where}: the prompt has {len(prompt)} tokens, max_length is {cfg.max_length}: nothing to train",
                 fix="raise max_length, or shorten or remove the row",
             )
         tokens = prompt + response_tokens(tokenizer, row.completion, finished=True)
+        cut += len(tokens) > cfg.max_length
         untrained = len(prompt) if cfg.completion_only_loss else 0
         converted.append({"input_ids": tokens, "labels": [-100] * untrained + tokens[untrained:]})
         progress.advance(1)
+    if cut and not cfg.packing:
+        progress.say(f"{source.path}: {cut} of {len(rows)} demonstrations are cut at max_length and teach no EOS")
     return Dataset.from_list(converted)
 
 
@@ -138,19 +148,21 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
         "warmup_steps": 0.1,
         "dataloader_pin_memory": not on_cpu,
     }
-    known = {f.name for f in dataclasses.fields(SFTConfig)}
-    for key in cfg.trainer:
+    known = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
+    for key, value in cfg.trainer.items():
         if key in ours:
-            raise ConfigError(f"trainer.{key} is set by our own keys", fix="remove it; see `rlhf sft --help` for ours")
+            raise ConfigError(f"trainer.{key} is set by our own keys", fix="remove it, and set ours (see SFTStage)")
         if key not in known:
             hint = did_you_mean(key, known)
             raise ConfigError(f"trainer.{key}: unknown to trl.SFTConfig{hint}", fix="correct or remove it")
+        if isinstance(known[key], float) and not isinstance(value, int | float):
+            raise ConfigError(f"trainer.{key}: {value!r} is not a number", fix="write a number")
     # transformers refuses these two only when the model is loaded and the data are tokenized.
     for key, choices in (("lr_scheduler_type", list(SchedulerType)), ("optim", list(OptimizerNames))):
         if (value := cfg.trainer.get(key, choices[0])) not in choices:
-            known = [choice.value for choice in choices]
-            hint = did_you_mean(str(value), known)
-            raise ConfigError(f"trainer.{key}: {value!r} is unknown{hint}", fix=f"use one of {', '.join(known)}")
+            names = [choice.value for choice in choices]
+            hint = did_you_mean(str(value), names)
+            raise ConfigError(f"trainer.{key}: {value!r} is unknown{hint}", fix=f"use one of {', '.join(names)}")
     merged = {**defaults, **cfg.trainer, **ours}
     if "activation_checkpointing" in known:  # what transformers 5.20 calls it; the old name warns on every run
         merged.setdefault("activation_checkpointing", merged["gradient_checkpointing"])

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from reward_model import train
-from reward_model.data import pairs_of, tokenize_rankings
+from reward_model.data import RankedTokens, pairs_of, tokenize_rankings
 from reward_model.model import RewardModel
-from reward_model.train import forward, outcomes_of, ranking_loss, right_pairs
+from reward_model.train import forward, obeys_masks, outcomes_of, packed_length, ranking_loss, right_pairs
 from rlhf.data.templates import prompt_tokens, response_tokens
 from rlhf.errors import DataError
 from rlhf.models import value
@@ -152,6 +152,22 @@ def test_a_model_that_ignores_masks_is_noticed(config: Any, capsys: Any, monkeyp
     monkeypatch.setattr(value, "hidden_states", lambda net, x, mask, at=None: hidden_states(net, x, x >= 0, None))
     train.main(config(epochs=1), RunOptions())
     assert "each prompt is read once per response" in capsys.readouterr().out
+
+
+def test_a_sliding_window_shorter_than_the_longest_row_is_noticed(tiny: Any, runtime: Any) -> None:
+    """A mask of ours switches the model's own off: the packed row would see more than separate ones."""
+    from transformers import MistralConfig, MistralForSequenceClassification
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(
+        sliding_window=8, num_labels=1, vocab_size=len(tiny.tokenizer), num_key_value_heads=2, **shape
+    )
+    config.initializer_range = 0.5
+    scalar = value.ScalarModel(MistralForSequenceClassification(config).eval())
+    wins = [[0.5, 1.0], [0.0, 0.5]]
+    items = [RankedTokens([[2, 5, *[7] * n], [2, 5, *[8] * n]], [1, 2], wins, "g", [n, n]) for n in (6, 30)]
+    assert [packed_length(item) for item in items] == [14, 62]
+    assert [obeys_masks(scalar, item, runtime) for item in items] == [True, False]
 
 
 # --- parts ----------------------------------------------------------------------------------------------------

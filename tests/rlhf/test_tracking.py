@@ -141,6 +141,62 @@ def test_a_fresh_start_has_no_lines_of_an_earlier_attempt(tmp_path: Path) -> Non
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 0, "reward": 1.0}]
 
 
+@pytest.fixture
+def earlier(tmp_path: Path) -> dict[str, bytes]:
+    """A finished run's files in the test's folder."""
+    with opened(tmp_path)[0] as tracker:
+        tracker.log(1, {"reward": 1.0})
+        tracker.samples(1, [{"prompt": "p"}])
+        tracker.summary({"reward": 1.0, "stale": 2.0})
+    (tmp_path / "result.json").write_text("{}")
+    return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_fresh_start_that_writes_nothing_loses_nothing(tmp_path: Path, earlier: dict[str, bytes]) -> None:
+    """As when the data set that is read next is refused."""
+    with pytest.raises(KeyError, match="stop"):
+        crash(opened(tmp_path)[0])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == earlier
+
+
+@pytest.mark.parametrize("first", ["log", "samples", "summary", "close"])
+def test_the_first_thing_written_drops_all_of_the_earlier_attempt(tmp_path: Path, earlier: Any, first: str) -> None:
+    """`close`: a stage that ends well has written all that it had."""
+    assert len(earlier) == 4
+    writes = {
+        "log": lambda tracker: tracker.log(1, {"reward": 3.0}),
+        "samples": lambda tracker: tracker.samples(1, [{"prompt": "q"}]),
+        "summary": lambda tracker: tracker.summary({"reward": 3.0}),
+        "close": lambda tracker: tracker.close(),
+    }
+    tracker, _ = opened(tmp_path)
+    writes[first](tracker)
+    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    name = {"log": "metrics.jsonl", "samples": "samples.jsonl", "summary": "summary.json"}.get(first)
+    assert left.keys() == {name} - {None}
+    assert "stale" not in left.get("summary.json", "")
+    tracker.log(2, {"reward": 4.0})
+    assert rows(tmp_path / "metrics.jsonl")[-1] == {"step": 2, "reward": 4.0}
+
+
+def test_a_resume_goes_on_with_the_summary_and_drops_the_old_result(tmp_path: Path, earlier: Any) -> None:
+    with opened(tmp_path, resume_step=1)[0] as tracker:
+        assert (tmp_path / "result.json").exists()
+        tracker.log(2, {"reward": 3.0})
+        assert not (tmp_path / "result.json").exists(), "the stage is not done"
+        tracker.summary({"reward": 3.0})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"reward": 3.0, "stale": 2.0}
+
+
+def test_a_fresh_start_replays_nothing_of_the_earlier_attempt(
+    tmp_path: Path, earlier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = fake_wandb(monkeypatch, key="k")
+    with opened(tmp_path, AUTO)[0] as tracker:
+        tracker.log(1, {"reward": 5.0})
+    assert run.rows == [{"step": 1, "reward": 5.0}]
+
+
 def test_without_wandb_json_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     tracker, said = opened(tmp_path, AUTO)

@@ -56,6 +56,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "hh": ("hh", HH),
+    "text": ("text", {"text": "The sky is blue."}),
     "ranking": ("ranking", {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]}),
 }
 
@@ -150,12 +151,27 @@ def test_prompts_come_from_any_format(tmp_path: Path, name: str, prompt: Any) ->
         ("preference text", " blue."),
         ("ultrafeedback", GOOD["content"]),
         ("hh", GOOD["content"]),
+        ("text", "The sky is blue."),
     ],
 )
 def test_demonstrations_keep_the_text_of_the_answer(tmp_path: Path, name: str, completion: str) -> None:
     path = write(tmp_path / "d.jsonl", ROWS[name][1])
     (demonstration,) = read_demonstrations(config(path))
     assert (demonstration.completion, demonstration.where) == (completion, f"{path}:1")
+
+
+def test_a_plain_text_is_a_demonstration_without_a_prompt(tmp_path: Path) -> None:
+    """TRL's language-modelling format; a column beside it, as of a corpus, changes nothing."""
+    rows = [{"text": " The sky is blue.\n", "source": "web"}, {"text": "Grass is green."}]
+    records = read_demonstrations(config(write(tmp_path / "d.jsonl", *rows)))
+    assert records.format == "text"
+    assert [(d.prompt, d.completion) for d in records] == [("", rows[0]["text"]), ("", rows[1]["text"])]
+
+
+def test_a_text_beside_a_prompt_or_an_answer_is_no_plain_text() -> None:
+    assert detect_format({"prompt": "p", "text": "t"}) == "prompt"
+    assert detect_format({"prompt": "p", "completion": "c", "text": "t"}) == "prompt_completion"
+    assert detect_format({"chosen": "c", "rejected": "r", "text": "t"}) == "preference"
 
 
 @pytest.mark.parametrize(
@@ -200,6 +216,15 @@ def test_a_probability_becomes_the_matrix_of_wins(tmp_path: Path) -> None:
     row = {**ROWS["preference text"][1], "probability": 0.75}
     (ranking,) = read_rankings(config(write(tmp_path / "d.jsonl", row)))
     assert ranking.wins == [[0.5, 0.75], [0.25, 0.5]]
+
+
+@pytest.mark.parametrize("name", ["preference text", "ultrafeedback", "hh", "ranking"])
+@pytest.mark.parametrize(("value", "margin"), [(1.5, 1.5), (2, 2.0), (0, 0.0), (None, None)])
+def test_a_margin_is_read_as_a_number(tmp_path: Path, name: str, value: Any, margin: float | None) -> None:
+    row = {**ROWS[name][1], "margin": value}
+    (ranking,) = read_rankings(config(write(tmp_path / "d.jsonl", row)))
+    assert ranking.margin == margin
+    assert type(ranking.margin) is type(margin)
 
 
 def test_hh_joins_turns_of_one_speaker(tmp_path: Path) -> None:
@@ -251,6 +276,18 @@ RANKING = {"prompt": "p", "responses": ["a", ""], "ranks": [1, 2]}
         (read_rankings, PAIR, {**PAIR, "probability": 1.5}, "probability", "not a number from 0 to 1"),
         (read_rankings, PAIR, {**PAIR, "probability": "high"}, "probability", "not a number from 0 to 1"),
         (read_rankings, PAIR, {**PAIR, "probability": 0.2}, "probability", "rejected wins"),
+        (read_rankings, PAIR, {**PAIR, "margin": "significantly"}, "margin", "is 'significantly', not a number"),
+        (read_rankings, PAIR, {**PAIR, "margin": True}, "margin", "is True, not a number"),
+        (read_rankings, PAIR, {**PAIR, "margin": [1.0]}, "margin", "is [1.0], not a number"),
+        (read_rankings, PAIR, {**PAIR, "margin": -1}, "margin", "is -1, not a number"),
+        (read_rankings, PAIR, {**PAIR, "margin": float("nan")}, "margin", "is nan, not a number"),
+        (read_rankings, PAIR, {**PAIR, "margin": float("inf")}, "margin", "is inf, not a number"),
+        (read_rankings, PAIR, {**PAIR, "margin": 10**400}, "margin", "not a number"),
+        (read_rankings, HH, {**HH, "margin": "x"}, "margin", "is 'x', not a number"),
+        (read_rankings, RANKING, {**RANKING, "margin": "x"}, "margin", "is 'x', not a number"),
+        (read_demonstrations, {"text": "t"}, {"text": " "}, "text", "is empty"),
+        (read_demonstrations, {"text": "t"}, {"text": 3}, "text", "is int, not a string"),
+        (read_demonstrations, {"text": "t"}, {"txt": "t"}, "text", "is missing"),
         (read_rankings, PAIR, {"chosen": "same", "rejected": "same"}, "rejected", "equals 'chosen'"),
         (read_rankings, PAIR, {"chosen": "yes", "rejected": "no"}, "prompt", "share no first word"),
         (read_rankings, PAIR, {"chosen": [SYSTEM, GOOD], "rejected": [USER, POOR]}, "prompt", "share no turn"),
@@ -316,6 +353,8 @@ def test_a_first_row_without_a_side_does_not_change_the_format(tmp_path: Path) -
         (read_rankings, {"prompt": "p"}, "prompt"),
         (read_demonstrations, {"prompt": "p"}, "prompt"),
         (read_rankings, {"messages": [USER, GOOD]}, "messages"),
+        (read_rankings, {"text": "t"}, "text"),
+        (read_prompts, {"text": "t"}, "text"),
     ],
 )
 def test_a_format_without_the_wanted_part_is_refused(
@@ -528,6 +567,7 @@ def test_rankings_are_read_back_equal(tmp_path: Path) -> None:
     rankings = [
         Ranking([USER], ["a", "", "ä"], [1, 3, 1], prompt_id="x", meta={"by": ["ann"]}),
         Ranking("p", ["a", "b"], [2, 1], [[0.5, 0.2], [0.8, 0.5]], [[1, 2], [3]], [0.1, 2.0], "y"),
+        Ranking("p", ["a", "b"], [1, 2], prompt_id="z", margin=0.5),
     ]
     path = tmp_path / "new" / "rankings.jsonl"
     write_rankings(path, rankings)

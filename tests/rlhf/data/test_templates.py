@@ -12,10 +12,12 @@ from rich.console import Console
 from rlhf.data import templates
 from rlhf.data.records import PromptRecord
 from rlhf.data.templates import (
+    TokenizedPrompt,
     check_prompt_lengths,
     prompt_tokens,
     response_tokens,
     show_examples,
+    show_prompts,
     tokenizer_fingerprint,
 )
 from rlhf.errors import DataError, ModelError
@@ -109,9 +111,53 @@ def test_a_plain_text_gets_bos_but_never_eos() -> None:
     assert words(tokenizer, prompt_tokens(tokenizer, "hi why", chat=False)) == ["<s>", "hi", " ", "why"]
 
 
-def test_an_eos_that_the_text_itself_ends_with_stays() -> None:
-    tokenizer = build(None)
-    assert words(tokenizer, prompt_tokens(tokenizer, "hi</s>", chat=False)) == ["hi", "</s>"]
+@pytest.mark.parametrize(("template", "chat"), [(TEMPLATE, True), (TEMPLATE, False), (None, True), (None, False)])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "hi</s>",
+        [{"role": "user", "content": "hi </s> why"}],
+        [{"role": "system", "content": "</s>"}, {"role": "user", "content": "hi"}],
+        [*USER, {"role": "assistant", "content": "x</s>"}, *USER],
+    ],
+)
+def test_a_control_token_spelled_out_in_the_data_is_refused(template: str | None, chat: bool, prompt: Any) -> None:
+    """Tokenised, it would end a turn, or open one that nobody wrote."""
+    with pytest.raises(DataError, match="contains the control token '</s>'") as caught:
+        prompt_tokens(build(template), prompt, chat=chat)
+    assert "remove it" in caught.value.fix
+
+
+def test_a_refused_control_token_names_the_longest_match_the_text_around_it_and_the_line() -> None:
+    tokenizer = build()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im|>", "<|im|>x"]})
+    bad = record("why is it <|im|>x blue", 7)
+    with pytest.raises(DataError, match=r"d\.jsonl:7: .*'why is it <\|im\|>x blue'.* the control token '<\|im\|>x'"):
+        check_prompt_lengths([record("hi"), bad], tokenizer, chat=True, max_tokens=50, overlong="skip")
+
+
+def test_an_added_token_that_controls_nothing_is_text() -> None:
+    tokenizer = build()
+    tokenizer.add_tokens(["<think>"])
+    assert "<think>" in words(tokenizer, prompt_tokens(tokenizer, "hi <think> why", chat=True))
+
+
+# --- plain text: no prompt ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("template", "chat"), [(TEMPLATE, True), (TEMPLATE, False), (None, True), (None, False)])
+def test_the_prompt_of_a_plain_text_is_bos(template: str | None, chat: bool) -> None:
+    for bos in (True, False):
+        assert words(build(template, bos=bos), prompt_tokens(build(template, bos=bos), "", chat=chat)) == ["<s>"]
+
+
+def test_without_bos_a_plain_text_starts_after_eos() -> None:
+    tokenizer = build()
+    tokenizer.bos_token = None
+    assert words(tokenizer, prompt_tokens(tokenizer, "", chat=True)) == ["</s>"]
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no EOS"):
+        prompt_tokens(tokenizer, "", chat=True)
 
 
 def test_turns_without_a_template_become_paragraphs_and_that_is_said_once(
@@ -132,9 +178,9 @@ def test_a_refusing_template_is_a_data_error() -> None:
         prompt_tokens(build(), [{"role": "system", "content": "hi"}], chat=True)
 
 
-def test_a_prompt_without_tokens_is_a_data_error() -> None:
+def test_a_prompt_without_tokens_is_a_data_error(tiny: Any) -> None:
     with pytest.raises(DataError, match="no tokens"):
-        prompt_tokens(build(), "", chat=False)
+        prompt_tokens(tiny.tokenizer, " ", chat=False)  # a tokenizer that drops white space
 
 
 # --- responses ------------------------------------------------------------------------------------------------
@@ -239,6 +285,21 @@ def test_trained_tokens_are_marked_and_markup_is_not_obeyed() -> None:
     assert text.rstrip().endswith("\u27e7")
     marked = text[text.index("\u27e6") + 1 : text.index("\u27e7")]
     assert marked.split() == ["blue", "</s>"] or marked == "blue</s>"
+
+
+def test_prompts_are_shown_with_their_control_tokens_and_nothing_is_marked() -> None:
+    out = io.StringIO()
+    tokenizer = build()
+    records = [record(content) for content in ("hi", "why", "blue")]
+    prompts = [TokenizedPrompt(r, prompt_tokens(tokenizer, r.prompt, chat=True)) for r in records]
+    show_prompts(Console(file=out, width=200), tokenizer, "prompts.train.jsonl: format prompt", prompts)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "prompts.train.jsonl: format prompt"
+    assert lines[1] == lines[3] == "7 tokens:"
+    assert [line.replace(" ", "") for line in lines[2::2]] == [
+        "<s>user:hi</s>assistant:",
+        "<s>user:why</s>assistant:",
+    ]
 
 
 def test_colour_replaces_the_marks_on_a_terminal() -> None:

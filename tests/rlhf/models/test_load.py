@@ -147,3 +147,14 @@ def test_the_packaged_model_speaks() -> None:
         for _ in range(8):
             tokens.append(int(lm(torch.tensor([tokens])).logits[0, -1].argmax()))
     assert "Paris" in tokenizer.decode(tokens[-8:])
+
+
+def test_a_model_that_scales_its_logits_is_refused(tiny: Any, tmp_path: Path) -> None:
+    """By whatever key: Granite's is logits_scaling."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = GraniteConfig(vocab_size=len(tiny.tokenizer), logits_scaling=3.0, num_key_value_heads=2, **shape)
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="transforms its logits"):
+        load_causal_lm(str(tmp_path), dtype=torch.float32)

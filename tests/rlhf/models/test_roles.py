@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from reward_model.model import RewardModel
+from rlhf.errors import ModelError
 from rlhf.models.roles import build_roles
 from rlhf.models.value import load_scalar_model
 from rlhf.runtime import Runtime
@@ -108,3 +112,30 @@ def test_the_sampler_has_the_current_adapters_folded_in(stage_config: Any, tiny:
     assert all(map(torch.equal, frozen, [p for p in lm.parameters() if not p.requires_grad]))
     own = {p.data_ptr() for p in sampling.parameters()} - {p.data_ptr() for p in lm.parameters()}
     assert len(own) == lm.config.num_hidden_layers
+
+
+def test_a_cast_sampler_keeps_its_float32_buffers(stage_config: Any) -> None:
+    """Rotary frequencies in bf16 misplace far tokens: cos(640 * f) would be off by 0.7."""
+    roles = build_roles(stage_config("ppo", precision="bf16"), Runtime.start(seed=0, precision="bf16"))
+    with roles.sampler.ready() as sampling:
+        assert sampling.dtype == torch.bfloat16
+        theirs = dict(roles.actor_critic.policy.lm.named_buffers())
+        for name, mine in sampling.named_buffers():
+            assert mine.dtype == theirs[name].dtype, name
+            assert torch.equal(mine, theirs[name]), name
+
+
+def test_a_language_model_is_no_reward_model(stage_config: Any, runtime: Runtime, tiny: Any) -> None:
+    """A path that was mixed up would be a random head, and train without a word."""
+    with pytest.raises(ModelError, match="no trained `score` head"):
+        build_roles(stage_config("ppo", reward_model=tiny.path), runtime)
+    with pytest.raises(ModelError, match="no trained `score` head"):
+        RewardModel.load(tiny.path, runtime, tokenizer=tiny.tokenizer)
+
+
+def test_a_reference_with_other_tokens_is_refused(stage_config: Any, tiny: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny.path, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"rain"', '"hail"'))
+    with pytest.raises(ModelError, match=r"the reference .* has another tokenizer"):
+        build_roles(stage_config("ppo", reference=str(tmp_path / "other")), Runtime.start(seed=0, precision="fp32"))

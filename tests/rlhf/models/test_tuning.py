@@ -177,3 +177,14 @@ def test_every_group_keeps_its_own_rate() -> None:
     assert set_lr(optimizer, cfg, step=2, total=4) == pytest.approx(5e-4)  # from the base, not from the last
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 5e-3])
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.9), 1e-6)}
+
+
+def test_a_role_that_waits_goes_through_its_whole_schedule_afterwards() -> None:
+    groups = [{"params": [torch.zeros(1)], "lr": 1.0, "base_lr": 1.0, "role": role} for role in ("policy", "critic")]
+    optimizer, cfg = torch.optim.AdamW(groups), OptimConfig(lr=1.0, warmup_fraction=0.0, schedule="linear")
+    rates = []
+    for step in range(6):
+        set_lr(optimizer, cfg, step, 6, delay={"policy": 2})
+        rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+    assert [policy for policy, _ in rates] == pytest.approx([0, 0, 1, 3 / 4, 2 / 4, 1 / 4])
+    assert [critic for _, critic in rates] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])

@@ -97,7 +97,8 @@ def test_the_normalisation_stands_beside_the_weights(tiny: Any, scalar: ScalarMo
 def test_a_new_head_is_drawn_by_stiennon_s_rule(tiny: Any) -> None:
     """N(0, 1/(d+1)): 40 heads of 32 weights, the deviation within 4 standard errors of 33 ** -0.5."""
     torch.manual_seed(0)
-    heads = torch.stack([load_sequence_classifier(tiny.path, dtype=torch.float32).score.weight for _ in range(40)])
+    models = [load_sequence_classifier(tiny.path, dtype=torch.float32, new_head=True) for _ in range(40)]
+    heads = torch.stack([model.score.weight for model in models])
     expected, n = 33**-0.5, heads.numel()
     assert float(heads.std()) == pytest.approx(expected, rel=4 / (2 * n) ** 0.5)
     assert abs(float(heads.mean())) < 4 * expected / n**0.5
@@ -127,6 +128,6 @@ def test_another_tokenizer_is_refused(tiny: Any, runtime: Any, tmp_path: Path) -
 
 
 def test_saving_leaves_the_training_tokenizer_as_it_was(tiny: Any, tmp_path: Path) -> None:
-    classifier = load_sequence_classifier(tiny.path, dtype=torch.float32)
+    classifier = load_sequence_classifier(tiny.path, dtype=torch.float32, new_head=True)
     save_reward_model(tmp_path / "r", classifier, tiny.tokenizer, {"mean": 0.0, "std": 1.0})
     assert tiny.tokenizer.pad_token_id == tiny.tokenizer.eos_token_id

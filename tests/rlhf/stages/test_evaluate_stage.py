@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from rlhf.config_schema import ReportStage
+from rlhf.errors import ModelError
 from rlhf.eval.report import build_summary, render_report
 from rlhf.models.load import load_causal_lm
 from rlhf.rollout.buffer import RolloutBuffer
@@ -103,3 +105,30 @@ def test_the_report_reads_the_record(record: Any) -> None:
     cfg = ReportStage(run_dir=str(record[0].parent), evaluate_dir=str(record[0]))
     assert build_summary(cfg)["policy"]["ppo"]["answers"] == 30
     assert "<html" in render_report(cfg)
+
+
+def test_perplexity_is_taken_at_temperature_1(stage_config: Any, tiny: Any) -> None:
+    """Whatever the answers were sampled at."""
+    policies = {"base": tiny.path, "sft": tiny.path, "ppo": tiny.path}
+    sampling = {"max_new_tokens": 10, "batch_size": 16, "temperature": 0.5}
+    cfg = stage_config("evaluate", policies=policies, reference=tiny.path, base=tiny.path, sampling=sampling)
+    row = evaluate.main(cfg, RunOptions()).summary["policies"]["sft"]
+    rollouts = RolloutBuffer.from_parquet(Path(cfg.run_dir) / "rollouts" / "sft.parquet").rollouts
+    lm, nll, count = load_causal_lm(tiny.path, dtype=torch.float32), 0.0, 0
+    for r in rollouts:
+        with torch.no_grad():
+            logp_TV = lm(torch.tensor([r.tokens])).logits[0].log_softmax(-1)
+        actions = [t for t, action in enumerate(r.action_mask) if action]
+        nll -= sum(float(logp_TV[t - 1, r.tokens[t]]) for t in actions)
+        count += len(actions)
+    assert row["perplexity"] == pytest.approx(float(torch.tensor(nll / count).exp()), rel=1e-3)
+
+
+def test_policies_with_other_tokens_are_refused(stage_config: Any, tiny: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny.path, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"rain"', '"hail"'))
+    policies = {"base": str(tmp_path / "other"), "sft": tiny.path, "ppo": tiny.path}
+    cfg = stage_config("evaluate", policies=policies, reference=tiny.path, base=tiny.path)
+    with pytest.raises(ModelError, match=r"the base .* has another tokenizer"):
+        evaluate.main(cfg, RunOptions())

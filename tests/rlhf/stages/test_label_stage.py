@@ -255,3 +255,16 @@ def test_the_same_seed_writes_the_same_bytes(labeled: tuple[Path, LabelStage]) -
 def test_without_heldout_no_heldout_file_is_offered(labeled: tuple[Path, LabelStage]) -> None:
     _, cfg = labeled
     assert set(main(cfg.model_copy(update={"heldout_fraction": 0.0})).outputs) == {"train"}
+
+
+def test_held_out_rollouts_are_labeled_alike_and_kept_apart() -> None:
+    everything = rollouts(prompts=12)
+    ids = sorted({r.prompt_id for r in everything})
+    training = [r for r in everything if r.prompt_id not in ids[:3]]
+    heldout = [r for r in everything if r.prompt_id in ids[:3]]
+    result = label_rollouts(training, config(), heldout)
+    assert {r.prompt_id for r in result.heldout} == set(ids[:3])
+    assert {r.prompt_id for r in result.train} == set(ids[3:])
+    assert result.report["counts"]["prompts"] == 12
+    with pytest.raises(DataError, match="1 prompts are in rollouts and in heldout_rollouts"):
+        label_rollouts(everything[:2] + training, config(), heldout[:2])

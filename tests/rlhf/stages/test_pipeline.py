@@ -171,6 +171,86 @@ def test_edited_demonstrations_run_everything(copy: Path) -> None:
         rows.write_text(text)
 
 
+def test_rewritten_rollouts_run_label_and_what_follows(copy: Path) -> None:
+    rollouts = copy.parent / "run" / "sample" / "rollouts" / "samples.parquet"
+    rollouts.write_bytes(rollouts.read_bytes() + b" ")
+    assert states(copy) == ["label", "reward", "ppo", "evaluate", "report"]
+
+
+@pytest.fixture
+def folder(tiny: Any, tmp_path: Path) -> Path:
+    """A model folder of its own, without a manifest."""
+    shutil.copytree(tiny.path, tmp_path / "own")
+    return tmp_path / "own"
+
+
+def keys(file: Path, *overrides: str) -> dict[str, str]:
+    return {planned.stage: planned.key for planned in pipeline.plan(config.load(file, "pipeline", overrides))}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    return [stage for stage in pipeline.ORDER if before[stage] != after[stage]]
+
+
+@pytest.mark.parametrize(
+    ("key", "first"),
+    [
+        ("model", "sft"),
+        ("reward.model", "reward"),
+        ("ppo.reference", "ppo"),
+        ("ppo.reward_model", "ppo"),
+        ("evaluate.base", "evaluate"),
+        ("evaluate.policies.base", "evaluate"),
+    ],
+)
+def test_new_weights_in_a_model_folder_reach_its_stage_and_all_later_ones(
+    file: Path, folder: Path, key: str, first: str
+) -> None:
+    # A block that names its policies names them all.
+    others = [f"evaluate.policies.{name}=x" for name in ("sft", "ppo")] if "policies" in key else []
+    overrides = [f"{key}={folder}", *others]
+    before = keys(file, *overrides)
+    assert keys(file, *overrides) == before
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    assert changed(before, keys(file, *overrides)) == list(pipeline.ORDER[pipeline.ORDER.index(first) :])
+
+
+def test_a_manifest_tells_new_weights_from_a_copy(file: Path, tiny: Any, tmp_path: Path) -> None:
+    own = tmp_path / "reward"
+    shutil.copytree(tiny.reward, own)
+    before = keys(file, f"ppo.reward_model={own}")
+    os.utime(own / "model.safetensors", ns=(0, 0))
+    assert keys(file, f"ppo.reward_model={own}") == before
+    (own / "MANIFEST.json").write_text("{}")
+    assert changed(before, keys(file, f"ppo.reward_model={own}")) == ["ppo", "evaluate", "report"]
+
+
+def test_a_key_does_not_depend_on_which_models_are_made_already(file: Path, tmp_path: Path) -> None:
+    """Else every stage behind one that just ran would run again."""
+    new = f"run_dir={tmp_path / 'new'}"
+    before = keys(file, new)
+    for stage in ("sft", "reward", "ppo"):
+        shutil.copytree(file.parent / "run" / stage / "final", tmp_path / "new" / stage / "final")
+    assert keys(file, new) == before
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tracking.wandb=auto",
+        "tracking.project=other",
+        "sft.tracking={wandb: offline}",
+        "ppo.save_every=4",
+        "ppo.keep_checkpoints=5",
+        "ppo.samples_per_step=1",
+        "ppo.archive_rollouts=true",
+    ],
+)
+def test_what_changes_nothing_that_is_learned_runs_nothing(file: Path, override: str) -> None:
+    assert states(file, override) == []
+
+
 def test_a_lost_output_is_made_again(copy: Path) -> None:
     """What reads it cannot go on, so its stage is not done."""
     shutil.rmtree(copy.parent / "run" / "sft" / "final")
@@ -214,6 +294,23 @@ def test_a_bad_block_is_named_before_anything_runs(file: Path, stages_run: list[
     assert stages_run == []
 
 
+def test_labels_without_held_out_rankings_need_another_test_set(file: Path, stages_run: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"label\.heldout_fraction is 0") as caught:
+        run(file, "label.heldout_fraction=0", "seed=9")
+    assert "reward.eval_dataset" in caught.value.fix
+    assert stages_run == []
+
+
+@pytest.mark.parametrize(
+    "own",
+    ["reward.eval_dataset={path: rows.jsonl}", "reward.eval_dataset=null", "label.heldout_rollouts=h.parquet"],
+    ids=["a-file", "a-share-of-the-training-set", "held-out-rollouts"],
+)
+def test_a_test_set_of_its_own_needs_no_share_of_the_labels(file: Path, own: str) -> None:
+    cfg = config.load(file, "pipeline", ["label.heldout_fraction=0", own])
+    assert pipeline.check(cfg)["label"].heldout_fraction == 0
+
+
 def test_resume_never_runs_everything(copy: Path, stages_run: list[str]) -> None:
     run(copy, resume="never")
     assert stages_run == list(pipeline.ORDER)
@@ -240,3 +337,20 @@ def test_a_launcher_starts_the_stages_with_a_model(copy: Path, monkeypatch: pyte
         "evaluate",
     }
     assert seen["label"] == seen["report"] == [sys.executable]
+
+
+def test_all_blocks_errors_come_at_once(file: Path, stages_run: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(file, "ppo.stepz=3", "sft.epochz=2", "evaluate.run_dir=elsewhere")
+    for expected in ("block 'ppo'", "stepz", "block 'sft'", "epochz", "block 'evaluate' of the pipeline: run_dir"):
+        assert expected in caught.value.message
+    assert stages_run == []
+
+
+def test_held_out_prompts_are_sampled_labeled_and_tested_on(file: Path) -> None:
+    cfg = config.load(
+        file, "pipeline", ["sample.heldout_prompts.path=shipped:data/plain_language/prompts.heldout.jsonl"]
+    )
+    checked = pipeline.check(cfg)
+    assert checked["label"].heldout_rollouts == str(Path(cfg.run_dir) / "sample" / "rollouts" / "heldout.parquet")
+    assert pipeline.check(config.load(file, "pipeline", []))["label"].heldout_rollouts is None

@@ -315,6 +315,7 @@ def test_another_reference_is_no_error(run: Any, tiny: Any, tmp_path: Path) -> N
     with torch.no_grad():
         lm.lm_head.weight.mul_(0.9)
     lm.save_pretrained(tmp_path / "other")
+    tiny.tokenizer.save_pretrained(tmp_path / "other")
     _, lines = run(steps=1, reference=str(tmp_path / "other"))
     assert lines[0]["objective/kl_k3"] > 0
 
@@ -366,6 +367,28 @@ def test_critic_warm_up_leaves_the_policy_as_it_is(run: Any, tiny: Any, demonstr
     assert same(folder / "final", tiny.path)
     assert not same(folder / "critic", tiny.reward)
     assert [line["objective/kl"] for line in lines] == [0.0, 0.0]
+
+
+def test_the_kl_controller_waits_for_the_critic(run: Any) -> None:
+    """KL is 0 until the policy moves; the coefficient must not run away meanwhile."""
+    kl = {"kind": "adaptive", "coef": 0.5, "target": 6.0, "horizon": 10}
+    _, lines = run(steps=4, critic_warmup_steps=2, kl=kl)
+    coefs = [line["objective/kl_coef"] for line in lines]
+    assert coefs[:3] == [0.5, 0.5, 0.5]
+    assert coefs[3] < 0.5
+
+
+def test_lora_also_leaves_its_adapter(run: Any, tiny: Any) -> None:
+    """final/ is the adapter folded in; adapter/ is peft's, with nothing rounded."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = run(steps=2, tuning={"kind": "lora", "rank": 4}, optim={"lr": 1e-2})
+    tokens = torch.tensor([[2, 9, 12, 15]])
+    with torch.no_grad():
+        folded = AutoModelForCausalLM.from_pretrained(folder / "final")(tokens).logits
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.path), folder / "adapter")
+        torch.testing.assert_close(adapted(tokens).logits, folded, atol=1e-5, rtol=1e-5)
 
 
 def test_after_the_critic_s_warm_up_the_policy_moves(run: Any, tiny: Any) -> None:
@@ -470,8 +493,16 @@ def test_options_run_and_change_the_result(run: Any, changes: dict[str, Any]) ->
     assert not same(run("off", **settings)[0] / "final", run("on", **settings, **changes)[0] / "final")
 
 
-def test_gradient_checkpointing_changes_nothing(run: Any) -> None:
-    a, b = run("off", steps=1)[0], run("on", steps=1, gradient_checkpointing=True)[0]
+@pytest.mark.parametrize("tuning", [{"kind": "full"}, {"kind": "lora", "rank": 4}], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_nothing_but_memory(run: Any, monkeypatch: Any, tuning: Any) -> None:
+    from transformers import modeling_utils
+
+    calls, checkpoint = [], modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *a, **k: (calls.append(1), checkpoint(*a, **k))[1])
+    a = run("off", steps=1, tuning=tuning)[0]
+    assert not calls
+    b = run("on", steps=1, tuning=tuning, gradient_checkpointing=True)[0]
+    assert calls
     assert distance(a / "final", b / "final") < 1e-6
 
 

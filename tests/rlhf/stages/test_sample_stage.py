@@ -57,3 +57,26 @@ def test_overlong_prompts_are_skipped_when_asked_to(stage_config: Any, jsonl: An
     rollouts = sampled(stage_config("sample", prompts={"path": path}, max_prompt_tokens=20, overlong="skip"))
     assert {r.prompt for r in rollouts} == {"why"}
     assert "long.jsonl:2: 37 tokens" in caplog.text
+
+
+def test_the_format_found_is_shown_with_two_prompts(
+    stage_config: Any, jsonl: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    path = jsonl("p.jsonl", [{"prompt": "why"}, {"prompt": "how"}, {"prompt": "what"}])
+    sampled(stage_config("sample", prompts={"path": path}))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    at = lines.index(f"{path}: format prompt")
+    shown = "<|im_start|> user : {} <|im_end|> <|im_start|> assistant :"
+    assert lines[at + 1 : at + 5] == ["8 tokens:", shown.format("why"), "8 tokens:", shown.format("how")]
+    assert not any("what" in line for line in lines)
+
+
+def test_held_out_prompts_go_to_a_file_of_their_own(stage_config: Any, jsonl: Any) -> None:
+    path = jsonl("heldout.jsonl", [{"prompt": "why"}, {"prompt": "how is the sea"}])
+    cfg = stage_config("sample", heldout_prompts={"path": path})
+    result = sample.main(cfg, RunOptions())
+    heldout = RolloutBuffer.from_parquet(result.outputs["heldout_rollouts"]).rollouts
+    assert [r.prompt for r in heldout] == ["why"] * 3 + ["how is the sea"] * 3
+    assert (result.summary["rollouts"], result.summary["heldout"]["rollouts"]) == (30, 6)
+    assert sampled(stage_config("sample")) == RolloutBuffer.from_parquet(result.outputs["rollouts"]).rollouts

@@ -100,6 +100,8 @@ def test_without_completion_only_everything_is_trained(config: Any, monkeypatch:
         ),
         ({"learning_rate": 1e-3}, "trainer.learning_rate is set by our own keys"),
         ({"output_dir": "x"}, "trainer.output_dir is set by our own keys"),
+        ({"max_grad_norm": "abc"}, "trainer.max_grad_norm: 'abc' is not a number"),
+        ({"eval_strategy": "epoch"}, "trl.SFTTrainer refuses it"),
     ],
 )
 def test_keys_for_trl_are_checked(config: Any, trainer: dict[str, Any], message: str) -> None:
@@ -120,3 +122,25 @@ def test_a_prompt_that_leaves_no_room_is_named(config: Any, jsonl: Any) -> None:
     path = jsonl("long.jsonl", [{"prompt": "why", "completion": "so"}, {"prompt": "why " * 80, "completion": "so"}])
     with pytest.raises(DataError, match=r"long\.jsonl:2: the prompt has 87 tokens, max_length is 64"):
         sft.main(config(dataset={"path": path}), RunOptions())
+
+
+def test_a_cut_demonstration_is_said_aloud(config: Any, jsonl: Any, capsys: Any) -> None:
+    """Without its EOS it teaches the policy never to stop."""
+    rows = [{"prompt": "why", "completion": "so"}, {"prompt": "why", "completion": "so " * 80}]
+    sft.main(config(dataset={"path": jsonl("long.jsonl", rows)}), RunOptions())
+    assert "1 of 2 demonstrations are cut at max_length and teach no EOS" in " ".join(capsys.readouterr().out.split())
+
+
+def test_lora_leaves_its_adapter_and_names_modules_that_are_not_there(config: Any, tiny: Any) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    result = sft.main(config(tuning={"kind": "lora", "rank": 4}, lr=1e-2), RunOptions())
+    adapter = Path(result.outputs["model"]).with_name("adapter")
+    tokens = torch.tensor([[2, 9, 12, 15]])
+    with torch.no_grad():
+        folded = AutoModelForCausalLM.from_pretrained(result.outputs["model"])(tokens).logits
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.path), adapter)(tokens).logits
+    torch.testing.assert_close(adapted, folded, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="target_modules"):
+        sft.main(config(tuning={"kind": "lora", "target_modules": ["nosuch"]}), RunOptions())
