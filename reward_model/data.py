@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.data.templates import prompt_tokens, response_tokens
+from rlhf.data.records import Records
+from rlhf.data.templates import located, prompt_tokens, response_tokens
 from rlhf.errors import DataError
 from rlhf.types import Ranking
 
@@ -47,23 +48,25 @@ def tokenize_rankings(
     Over-long rows keep their end (the response; the oldest prompt tokens go) or are refused, by `truncation`.
 
     Raises:
-        DataError: a row is longer than `max_length` and `truncation` is "error", or a prompt cannot be tokenised.
+        DataError: a row is longer than `max_length` and `truncation` is "error", or a prompt cannot be tokenised;
+            with file and line when `rankings` were read from a file.
     """
     out = TokenizedRankings([])
-    for number, ranking in enumerate(rankings, 1):
-        prompt = _prompt_of(ranking, tokenizer, chat=chat, number=number)
+    vocabulary = len(tokenizer)
+    for where, ranking in zip(_places(rankings), rankings, strict=True):
+        prompt = located(where, prompt_tokens, tokenizer, ranking.prompt, chat=chat)
         rows, lengths = [], []
         known = ranking.tokens is not None and all(t[: len(prompt)] == prompt for t in ranking.tokens)
         for i, response in enumerate(ranking.responses):
             tokens = ranking.tokens[i] if known and ranking.tokens is not None else None
-            if tokens is None or not _says(tokenizer, tokens[len(prompt) :], response):
+            if tokens is None or max(tokens) >= vocabulary or not _says(tokenizer, tokens[len(prompt) :], response):
                 tokens = prompt + response_tokens(tokenizer, response, finished=True)
                 out.retokenized += ranking.tokens is not None
             lengths.append(len(tokens) - len(prompt))
             if len(tokens) > max_length:
                 if truncation == "error":
                     raise DataError(
-                        f"ranking {number}, response {i + 1}: {len(tokens)} tokens, max_length is {max_length}",
+                        f"{where}, response {i + 1}: {len(tokens)} tokens, max_length is {max_length}",
                         fix="raise max_length, or set truncation: keep_end",
                     )
                 out.truncated += 1
@@ -76,11 +79,11 @@ def tokenize_rankings(
     return out
 
 
-def _prompt_of(ranking: Ranking, tokenizer: Any, *, chat: bool, number: int) -> list[int]:
-    try:
-        return prompt_tokens(tokenizer, ranking.prompt, chat=chat)
-    except DataError as error:
-        raise DataError(f"ranking {number}: {error.message}", fix=error.fix) from error
+def _places(rankings: Sequence[Ranking]) -> list[str]:
+    """Where each ranking stands, in the words of an error: "file.jsonl:12", or "ranking 12"."""
+    if isinstance(rankings, Records) and rankings.places:
+        return rankings.places
+    return [f"ranking {number}" for number in range(1, len(rankings) + 1)]
 
 
 def _says(tokenizer: Any, response: list[int], text: str) -> bool:

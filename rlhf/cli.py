@@ -48,8 +48,8 @@ HELP = {
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped one")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="override single keys")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print what would run, write nothing")]
-Resume = Annotated[str, typer.Option(help="auto: go on from the newest checkpoint; never: start anew")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check what is on this disk, print what would run, and end")]
+Resume = Annotated[str, typer.Option(help="ppo, pipeline: auto goes on from the newest checkpoint, never starts anew")]
 
 
 def _command(stage: str) -> None:
@@ -91,10 +91,12 @@ def run_stage(stage: str, config_name: str, overrides: list[str], *, dry_run: bo
     if resume not in ("auto", "never"):
         raise ConfigError(f"--resume {resume!r} is not known", fix="use auto or never")
     cfg = config.load(config_name, stage, overrides)
-    if dry_run:
+    if dry_run or stage == "pipeline":
         from rlhf.dry_run import describe
 
-        describe(stage, cfg)
+        # A pipeline finds out now, and not after hours, that a file of its last stage is missing.
+        describe(stage, cfg, quiet=not dry_run)
+    if dry_run:
         return
     module = importlib.import_module(MODULES[stage])
     options = runs.RunOptions(resume=resume)

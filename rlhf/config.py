@@ -19,12 +19,19 @@ from rlhf.config_schema import STAGES
 from rlhf.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent
+_SHOWN = 200  # characters of an override in a message
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-6` as text; here it is a float, as in YAML 1.2. A repeated key is an error, and so is
     one that is no single value: `{{name}}`, a placeholder nobody filled in, is a mapping as a key.
     """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # `!!int x`; Python's own error would not know the line
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -34,15 +41,19 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(None, None, f"line {line}: key {key!r} is set twice")
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is set twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# `off` is a word here (tracking.wandb=off), as in YAML 1.2: only true and false are booleans.
+# `off` is a word here (tracking.wandb=off), as in YAML 1.2: only true and false are booleans. So is a date: a run
+# folder may be named 2020-01-01, and no key holds a point in time.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -65,7 +76,7 @@ def find_config(name: str, stage: str) -> Path:
     """A path as given, else a shipped configuration by name: `plain_language` is `<stage>/plain_language.yaml`.
 
     Raises:
-        ConfigError: nothing is found; the message lists the shipped names.
+        ConfigError: nothing is found, or a folder; the message lists the shipped names.
     """
     given = Path(name)
     if given.is_file():
@@ -75,6 +86,13 @@ def find_config(name: str, stage: str) -> Path:
     for candidate in (shipped / stage / f"{relative}.yaml", shipped / f"{relative}.yaml"):
         if candidate.is_file():
             return candidate
+    if given.is_dir():
+        files = sorted(p.name for p in given.glob("*.yaml"))
+        listed = ", ".join(files[:5]) or "it has no .yaml"
+        raise ConfigError(f"{name} is a folder, not a configuration", fix=f"name a file in it: {listed}")
+    if elsewhere := sorted(p.parent.name for p in shipped.glob(f"*/{given.name}.yaml")):
+        commands = ", ".join(f"`rlhf {other} {given.name}`" for other in elsewhere)
+        raise ConfigError(f"the stage {stage} has no configuration {name!r}", fix=f"give a file, or run {commands}")
     names = sorted(p.stem for p in (shipped / stage).glob("*.yaml"))
     near = did_you_mean(given.stem, names)
     raise ConfigError(f"no configuration {name!r}", fix=f"give a file, or one of: {', '.join(names) or 'none'}{near}")
@@ -94,10 +112,11 @@ def load(name: str | Path, stage: str, overrides: Iterable[str] = ()) -> Any:
         overrides: `a.b=c`; the value is read as YAML.
 
     Raises:
-        ConfigError: naming the file and every key at fault.
+        ConfigError: naming the file and every key at fault, or the stage that the file is for.
     """
     path = find_config(str(name), stage)
     data = read_yaml(path)
+    _check_stage(data, stage, source=str(path))
     for override in overrides:
         _apply(data, override)
     return validate(data, stage, source=str(path))
@@ -110,27 +129,51 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: with file and line when it is not YAML, or not a mapping.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        data = yaml.load(path.read_bytes().decode("utf-8"), _Loader)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error.reason})", fix="save it as UTF-8") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text ({error.reason})", fix="save it as UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{where}: not valid YAML: {problem}", fix="check indentation, quotes and colons") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply", fix="check its brackets") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {type(data).__name__}, not keys and values", fix="start with `key: value`")
+        content = "is empty" if data is None else f"holds a {type(data).__name__}, not keys and values"
+        raise ConfigError(f"{path} {content}", fix="start with `key: value`")
     return data
+
+
+def _check_stage(data: dict[str, Any], stage: str, source: str) -> None:
+    """A file whose keys are all those of another stage is named as such, in place of each of its keys.
+
+    Raises:
+        ConfigError: naming that stage.
+    """
+    if data.keys() <= STAGES[stage].model_fields.keys():
+        return
+    for other, model in STAGES.items():
+        required = {key for key, field in model.model_fields.items() if field.is_required()}
+        if required <= data.keys() <= model.model_fields.keys():
+            raise ConfigError(
+                f"{source} is a configuration of the stage {other}, not of {stage}",
+                fix=f"run `rlhf {other} {source}`, or give a configuration of {stage}",
+            )
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form a.b=c", fix="write for example ppo.steps=5")
+        example = f"{key or 'steps'}=5 (in a pipeline ppo.steps=5)"
+        raise ConfigError(f"override {override!r} is not of the form a.b=c", fix=f"write for example {example}")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML", fix="quote it") from None
+    except (yaml.YAMLError, RecursionError):
+        raise ConfigError(
+            f"override {override[:_SHOWN]!r}: the value is not valid YAML", fix="close the bracket, or quote the value"
+        ) from None
     *parents, last = key.split(".")
     node = data
     for i, part in enumerate(parents):
@@ -140,7 +183,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             above = ".".join(parents[: i + 1])
             raise ConfigError(
-                f"override {override!r}: {above} is a single value", fix="name one of its keys, or itself"
+                f"override {override[:_SHOWN]!r}: {above} is a single value", fix="name one of its keys, or itself"
             )
         node = child
     node[last] = value
@@ -152,7 +195,8 @@ def validate(data: dict[str, Any], stage: str, source: str) -> Any:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, e) for e in error.errors()]
+        listed: set[str] = set()
+        lines = [_explain(model, e, listed) for e in error.errors()]
         count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
         raise ConfigError(
             f"{source}: {count} in the {stage} configuration\n" + "\n".join(f"  - {line}" for line in lines),
@@ -160,14 +204,22 @@ def validate(data: dict[str, Any], stage: str, source: str) -> Any:
         ) from None
 
 
-def _explain(model: type[BaseModel], error: Any) -> str:
+def _explain(model: type[BaseModel], error: Any, listed: set[str]) -> str:
+    """One line on one error. `listed`: where the known keys have been listed, which is done once."""
     location = [str(part) for part in error["loc"]]
-    path = ".".join(location) or "(whole file)"
+    path = ".".join(location)
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if not location:  # of several keys together: the message names them
+        return message
     if kind == "extra_forbidden":
-        known = sorted(_fields_at(model, location[:-1]))
-        hint = did_you_mean(location[-1], known) or "; known: " + ", ".join(known)
+        known, parent = sorted(_fields_at(model, location[:-1])), ".".join(location[:-1])
+        hint = did_you_mean(location[-1], known)
+        if not hint and parent not in listed:
+            listed.add(parent)
+            hint = "; known: " + ", ".join(known)
         return f"{path}: unknown key{hint}"
+    if kind in ("model_type", "dict_type"):  # pydantic would speak of dictionaries and instances
+        message = "Input should be keys and values"
     if kind == "missing":
         return f"{path}: required, but not set"
     if kind == "literal_error":

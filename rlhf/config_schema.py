@@ -5,19 +5,36 @@ Sizes are in rows (`B`) or tokens, learning rates per optimizer step, KL in nats
 
 from __future__ import annotations
 
+import shlex
+import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, and so are infinity and NaN; defaults are checked too."""
+    """Unknown keys are errors, and so are infinity, NaN and true in place of a number; defaults are checked too."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read true as 1."""
+        items = value if isinstance(value, list | tuple) else [value]
+        holds_boolean = any(isinstance(item, bool) for item in items)
+        if holds_boolean and _holds_number(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("true or false is no number; write a number")
+        return value
+
+
+def _holds_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(_holds_number, typing.get_args(annotation)))
 
 
 class DatasetConfig(Strict):
@@ -67,7 +84,7 @@ class StageConfig(Strict):
     """What all stages share."""
 
     run_dir: str = Field(description="everything this stage writes goes here")
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of matrix products; trained weights stay fp32")
     tracking: TrackingConfig = TrackingConfig()
 
@@ -117,9 +134,17 @@ class SampleStage(StageConfig):
     prompts: DatasetConfig
     heldout_prompts: DatasetConfig | None = Field(default=None, description="sampled too, for testing a reward model")
     completions_per_prompt: Positive = Field(default=4, description="K")
+    further_models: list[str] = Field(default=[], description="the K completions are shared out evenly")
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_tokens: Positive = 512
     overlong: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _even_shares(self) -> SampleStage:
+        models, k = 1 + len(self.further_models), self.completions_per_prompt
+        if k % models:
+            raise ValueError(f"completions_per_prompt {k} cannot be shared out evenly among {models} models")
+        return self
 
 
 class AnnotatorConfig(Strict):
@@ -313,7 +338,7 @@ class PipelineStage(Strict):
     run_dir: str
     title: str = "RLHF report"
     model: str
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     tracking: TrackingConfig = TrackingConfig()
     launcher: str = Field(
@@ -326,6 +351,15 @@ class PipelineStage(Strict):
     ppo: dict[str, Any]
     evaluate: dict[str, Any]
     report: dict[str, Any] = {}
+
+    @field_validator("launcher")
+    @classmethod
+    def _whole_words(cls, value: str) -> str:
+        try:
+            shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"{error} in {value!r}; close the quote") from None
+        return value
 
 
 STAGES: dict[str, type[BaseModel]] = {

@@ -13,7 +13,7 @@ from rlhf import __version__
 from rlhf.config import shipped_configs
 from rlhf.runs import environment
 
-OPTIONAL = {"deepspeed": "ZeRO: pip install 'rlhf-pipeline[deepspeed]'", "wandb": "curves in W&B: pip install wandb"}
+OPTIONAL = {"deepspeed": "ZeRO: pip install 'rlhf-pipeline[deepspeed]'"}
 
 
 def report() -> None:
@@ -68,4 +68,14 @@ def _inputs() -> list[tuple[str, str]]:
         ("readability scorer", "ready" if has_textstat else "missing (pip install textstat)"),
         ("W&B", wandb_mode),
         ("shipped configurations", "\n".join(configs)),
+        ("launch files", _launch_files()),
     ]
+
+
+def _launch_files() -> str:
+    """Their folder, and how to use it: beside the package in a clone, inside it when a wheel was installed."""
+    folder = shipped_configs().parent / "launch"
+    use = "from a clone, start in its root"
+    if folder.parent.name == "rlhf" and (folder.parent / "cli.py").is_file():
+        use = "copy that folder to where you start from: its DeepSpeed files name launch/*.json"
+    return f"{folder}\n{use}"

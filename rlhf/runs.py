@@ -178,7 +178,8 @@ def named_data(cfg: StageConfig) -> set[str]:
 def named_models(cfg: StageConfig) -> set[str]:
     """Every model that a configuration names: folders, hub ids, our short name."""
     plain = cfg.model_dump(mode="json")
-    named = [*(plain.get(key) for key in _MODEL_KEYS), *(plain.get("policies") or {}).values()]
+    named = [plain.get(key) for key in _MODEL_KEYS] + plain.get("further_models", [])
+    named += (plain.get("policies") or {}).values()
     return {name for name in named if isinstance(name, str)}
 
 

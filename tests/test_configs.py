@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,14 @@ def test_all_errors_come_at_once_with_key_and_proposal(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_the_known_keys_are_listed_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", REWARD + "zzz: 1\nqqq: 2\noptim: {lr: 1, zzz: 1, qqq: 2}\n")
+    text = refused(path, "reward")
+    assert text.count("known: batch_size, centering") == 1
+    assert text.count("known: betas") == 1
+    assert "qqq: unknown key\n" in text
+
+
 @pytest.mark.parametrize(
     ("override", "part"),
     [
@@ -119,20 +128,37 @@ def test_all_errors_come_at_once_with_key_and_proposal(tmp_path: Path) -> None:
         ("=3", "not of the form a.b=c"),
         ("model.name=3", "model is a single value"),
         ("epochs=[1", "not valid YAML"),
+        ("epochs=[1", "close the bracket, or quote the value"),
+        ("epochs", "for example epochs=5 (in a pipeline"),
+        ("epochs=!!timestamp 2020-13-45", "not valid YAML"),
+        ("epochs=" + 3000 * "[", "not valid YAML"),
     ],
 )
 def test_a_malformed_override_is_named(tmp_path: Path, override: str, part: str) -> None:
     text = refused(write(tmp_path / "r.yaml", REWARD), "reward", override)
-    assert override in text
+    assert override[:50] in text
     assert part in text
+    assert len(text) < 500
+
+
+def test_a_date_is_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", REWARD)
+    assert config.load(path, "reward", ["run_dir=2020-01-01"]).run_dir == "2020-01-01"
+    assert "epochs: Input should be a valid integer" in (text := refused(path, "reward", "epochs=2020-13-45"))
+    assert "(got '2020-13-45')" in text
+
+
+@pytest.mark.parametrize("text", ["a: !!timestamp 2020-13-45\n", "a: !!int x\n", "a: " + 3000 * "[" + "\n"])
+def test_values_that_yaml_cannot_build_name_the_file(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "a.yaml", text)
+    assert re.match(rf"{path}(:1)?: not valid YAML: ", refused(path, "reward"))
 
 
 @pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3\n", "x:\n  a: 1\n  a: 2\n"])
 def test_a_key_set_twice_is_an_error_with_its_line(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "a.yaml", text)
     message = refused(path, "reward")
-    assert "line 3: key 'a' is set twice" in message
-    assert str(path) in message
+    assert f"{path}:3: not valid YAML: key 'a' is set twice" in message
 
 
 @pytest.mark.parametrize("text", ["a: 1\n{b: 1}: 2\n", "a: 1\n? [b, c]\n: 2\n", "a:\n  {{b}}: 1\n"])
@@ -150,12 +176,12 @@ def test_a_key_that_is_no_single_value_is_an_error_in_an_override_too(tmp_path: 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    path.write_bytes(b"model: caf\xe9\n")
-    assert f"{path} is not UTF-8" in refused(path, "reward")
+    path.write_bytes(b"run_dir: x\nmodel: caf\xe9\n")
+    assert f"{path}:2: not UTF-8" in refused(path, "reward")
 
 
 @pytest.mark.parametrize(
-    ("text", "part"), [("a: [1\n", "a.yaml:2: not valid YAML"), ("- a\n", "holds list"), ("", "holds None")]
+    ("text", "part"), [("a: [1\n", "a.yaml:2: not valid YAML"), ("- a\n", "holds a list"), ("", "a.yaml is empty")]
 )
 def test_what_is_no_mapping_is_named(tmp_path: Path, text: str, part: str) -> None:
     assert part in refused(write(tmp_path / "a.yaml", text), "reward")
@@ -169,6 +195,7 @@ model: m
 reward_model: r
 prompts: {path: d.jsonl}
 """
+PIPELINE = "run_dir: runs/x\nmodel: m\nsft: {}\nsample: {}\nlabel: {}\nreward: {}\nppo: {}\nevaluate: {}\n"
 
 
 @pytest.mark.parametrize("value", [".inf", ".nan", "-.inf"])
@@ -194,6 +221,44 @@ def test_only_the_clipping_of_the_value_may_be_infinite_which_switches_it_off(tm
     assert "value_clip_range: " in refused(path, "ppo", "value_clip_range=.nan")
 
 
+@pytest.mark.parametrize("key", ["steps", "tuning.rank", "seed", "gamma", "critic_lr", "optim.lr", "prompts.limit"])
+def test_true_is_no_number(tmp_path: Path, key: str) -> None:
+    text = refused(write(tmp_path / "p.yaml", PPO), "ppo", "optim.lr=1", f"{key}=true")
+    assert f"  - {key}: " in text
+    assert "true or false is no number" in text
+
+
+def test_true_is_no_number_in_a_list_either_and_stays_a_value_elsewhere(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", PPO)
+    assert "optim.betas: " in refused(path, "ppo", "optim.lr=1", "optim.betas=[true, 0.9]")
+    cfg = config.load(path, "ppo", ["whiten_rewards=true", "prompts.chat=false"])
+    assert (cfg.whiten_rewards, cfg.prompts.chat) == (True, False)
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999999"])
+@pytest.mark.parametrize("stage", ["ppo", "pipeline"])
+def test_a_seed_fits_in_32_bits(tmp_path: Path, stage: str, seed: str) -> None:
+    text = refused(write(tmp_path / "p.yaml", PPO if stage == "ppo" else PIPELINE), stage, f"seed={seed}")
+    assert "  - seed: Input should be " in text
+
+
+def test_a_quote_left_open_in_the_launcher_is_an_error_of_its_key(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", PIPELINE)
+    assert config.load(path, "pipeline", ["launcher=accelerate 'x y'", "seed=4294967295"]).seed == 2**32 - 1
+    text = refused(path, "pipeline", "launcher=accelerate 'x")
+    assert "  - launcher: " in text
+    assert "close the quote" in text
+
+
+def test_errors_are_in_yaml_s_words(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", PPO)
+    text = refused(path, "ppo", "optim=3", "prompts=p.jsonl", "scorer=readability")
+    assert "optim: Input should be keys and values (got 3)" in text
+    assert "prompts: Input should be keys and values (got 'p.jsonl')" in text
+    text = refused(path, "ppo", "scorer=readability")
+    assert "  - exactly one of reward_model and scorer must be set" in text
+
+
 @pytest.mark.parametrize(("betas", "at"), [("[2, 0.9]", 0), ("[0.9, 1]", 1), ("[-0.1, 0.9]", 0), ("[0.9, .nan]", 1)])
 def test_the_betas_of_adam_lie_in_0_to_1(tmp_path: Path, betas: str, at: int) -> None:
     path = write(tmp_path / "p.yaml", PPO)
@@ -214,6 +279,37 @@ def test_an_unknown_name_lists_the_shipped_ones() -> None:
     text = refused(Path("hh_lokal"), "reward")
     assert "no configuration 'hh_lokal'" in text
     assert "did you mean 'hh_local'?" in text
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    text = refused(tmp_path, "reward")
+    assert f"{tmp_path} is a folder" in text
+    write(tmp_path / "r.yaml", REWARD)
+    assert "r.yaml" in refused(tmp_path, "reward")
+
+
+def test_a_name_that_another_stage_has_is_told() -> None:
+    assert "rlhf pipeline plain_language" in refused(Path("plain_language"), "ppo")
+    text = refused(Path("hh"), "pipeline")
+    assert "rlhf ppo hh" in text
+    assert "rlhf reward hh" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "other"),
+    [("pipeline/plain_language", "ppo", "pipeline"), ("ppo/hh", "pipeline", "ppo"), ("reward/hh", "sft", "reward")],
+)
+def test_a_file_of_another_stage_says_so_in_place_of_its_keys(name: str, stage: str, other: str) -> None:
+    text = refused(Path(name), stage, "steps=3")
+    assert f"is a configuration of the stage {other}, not of {stage}" in text
+    assert f"rlhf {other} " in text
+    assert "unknown key" not in text
+
+
+def test_a_file_that_two_stages_could_mean_is_read_as_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.yaml", "run_dir: x\nmodel: m\nprompts: {path: p.jsonl}\n")
+    assert config.load(path, "sample").model == "m"
+    assert config.load(path, "ppo", ["scorer=readability", "critic_init=policy"]).model == "m"
 
 
 def test_a_shipped_configuration_is_found_by_name() -> None:

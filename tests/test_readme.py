@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import yaml
 
 from rlhf import config
 from rlhf.cli import MODULES
+from rlhf.config_schema import DatasetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", ".github/CONTRIBUTING.md", "launch/README.md"]
@@ -134,6 +138,39 @@ def test_every_make_target_exists(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_no_placeholder_is_left(document: str) -> None:
     assert not re.findall(r"\{\{[^}]*\}\}", text_of(document))
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["deepspeed"]]
+    declared = {re.split(r"[<>=! ]", requirement)[0] for requirement in requirements}
+    distributions = {"yaml": "pyyaml"}
+    imported = set()
+    for file in (file for package in ("rlhf", "reward_model") for file in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"rlhf", "reward_model"}
+    assert {distributions.get(name, name) for name in foreign} <= declared
+
+
+def test_the_packages_say_that_they_are_typed() -> None:
+    assert all((ROOT / package / "py.typed").is_file() for package in ("rlhf", "reward_model"))
+
+
+def test_the_readme_has_a_line_for_every_format() -> None:
+    formats = set(DatasetConfig.model_json_schema()["properties"]["format"]["enum"]) - {"auto"}
+    rows = set(re.findall(r"^\| `(\w+)` \|", text_of("README.md").split("## Data formats")[1], re.MULTILINE))
+    assert formats <= rows
+
+
+def test_the_doctor_says_where_the_launch_files_are(capsys: pytest.CaptureFixture) -> None:
+    from rlhf import doctor
+
+    rows = dict(doctor._inputs())
+    assert rows["launch files"].splitlines()[0] == str(ROOT / "launch")
 
 
 def test_the_readme_is_short() -> None:

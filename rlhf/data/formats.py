@@ -71,6 +71,8 @@ def detect_format(fields: Fields) -> str:
         return "prompt"
     if "text" in keys:
         return "text"
+    if null := sorted(_CONTENT_KEYS & fields.keys()):  # none of them has a value, or it would be known by now
+        raise FieldError(null[0], "is null", fix="fill it in or remove the row")
     found = ", ".join(sorted(map(str, fields))) or "none"
     raise FieldError("prompt", f"is missing, and no other known key is there (found: {found})", fix=_KNOWN_KEYS)
 
@@ -112,12 +114,22 @@ def _text(value: Any, key: str) -> str:
     """`value`, when it is a text with something in it.
 
     Raises:
-        FieldError: it is not a text, or blank.
+        FieldError: it is not a text, blank, or holds half of a character.
     """
     if not isinstance(value, str):
         raise FieldError(key, f"is {type(value).__name__}, not a string", fix="write it as text in quotes")
     if not value.strip():
         raise FieldError(key, "is empty", fix="fill it in or remove the row")
+    return _encodable(value, key)
+
+
+def _encodable(value: str, key: str) -> str:
+    """JSON can spell half of a UTF-16 pair, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        problem = f"has the lone surrogate {value[error.start]!r} at character {error.start + 1}"
+        raise FieldError(key, problem, fix="remove that half of a character, or the row") from None
     return value
 
 
@@ -265,10 +277,8 @@ def _hh(fields: Fields) -> Preference:
     prompt, chosen = _hh_side(fields, "chosen")
     other_prompt, rejected = _hh_side(fields, "rejected")
     if prompt != other_prompt:
-        problem = "does not answer the same dialogue as 'chosen'"
-        raise FieldError(
-            "rejected", problem, fix="make the two sides equal up to the last Human turn, or remove the row"
-        )
+        fix = "make the two sides equal up to the last Human turn, or remove the row"
+        raise FieldError("rejected", "does not answer the same dialogue as 'chosen'", fix=fix)
     return Preference(prompt, chosen, rejected)
 
 
@@ -276,9 +286,8 @@ def _hh_side(fields: Fields, key: str) -> tuple[list[Message], str]:
     """The turns up to the last Human turn, and the answer. Turns of one speaker in a row become one turn."""
     text = _text(_get(fields, key), key)
     if not _starts_like_hh(text):
-        raise FieldError(
-            key, "does not start with '\\n\\nHuman:'", fix="set format: preference if it is no HH dialogue"
-        )
+        fix = "set format: preference if it is no HH dialogue"
+        raise FieldError(key, "does not start with '\\n\\nHuman:'", fix=fix)
     turns: list[Message] = []
     speakers = _HH_TURN.split(text)[1:]
     for speaker, said in zip(speakers[::2], speakers[1::2], strict=True):
@@ -326,14 +335,15 @@ def _margin(fields: Fields) -> float | None:
     value = fields.get("margin")
     if value is None:
         return None
-    if not _is_number(value) or not 0 <= value <= sys.float_info.max:
+    if not _is_number(value) or value < 0:
         fix = "write by how much the better side's score shall lead, or rename the column if it means something else"
         raise FieldError("margin", f"is {value!r:.60}, not a number of 0 or more", fix=fix)
     return float(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A finite one; NaN is below nothing."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_int(value: Any) -> bool:
@@ -349,6 +359,11 @@ def _ranking(fields: Fields) -> Ranking:
     ranks = _k_items(fields, "ranks", k, _is_int)
     if ranks is None or min(ranks) != 1:
         raise FieldError("ranks", f"is {ranks}: the best rank is not 1", fix="count ranks from 1, the best")
+    responses = [_encodable(response, f"responses[{i}]") for i, response in enumerate(responses)]
+    tokens = _k_items(
+        fields, "tokens", k, lambda row: isinstance(row, list) and all(_is_int(t) and t >= 0 for t in row)
+    )
+    _empty_ones_tie(responses, tokens, ranks)
     meta = fields.get("meta") or {}
     if not isinstance(meta, Mapping):
         raise FieldError("meta", f"is {type(meta).__name__}, not an object", fix="write {} or remove it")
@@ -357,12 +372,22 @@ def _ranking(fields: Fields) -> Ranking:
         responses=responses,
         ranks=ranks,
         wins=_wins(fields, k),
-        tokens=_k_items(fields, "tokens", k, lambda row: isinstance(row, list) and all(map(_is_int, row))),
+        tokens=tokens,
         gold_scores=_k_items(fields, "gold_scores", k, _is_number),
         prompt_id=str(fields.get("prompt_id") or ""),
         meta=dict(meta),
         margin=_margin(fields),
     )
+
+
+def _empty_ones_tie(responses: list[str], tokens: list[list[int]] | None, ranks: list[int]) -> None:
+    """One empty response may be ranked. Of two, with tokens that are equal or not known, none is the better."""
+    first: dict[Any, int] = {}
+    for i, response in enumerate(responses):
+        j = first.setdefault(tokens and tuple(tokens[i]), i) if not response.strip() else i
+        if ranks[i] != ranks[j]:
+            problem = f"equals responses[{j}], which has another rank"
+            raise FieldError(f"responses[{i}]", problem, fix="give both one rank, or leave one out")
 
 
 def _k_items(fields: Fields, key: str, k: int, valid: Callable[[Any], bool]) -> list[Any] | None:

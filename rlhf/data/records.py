@@ -55,12 +55,16 @@ _SHOWN = 3  # bad rows named in a message
 
 
 class Records(list[T]):
-    """The usable records in file order, their format, and the rows that were left out."""
+    """The usable records in file order, their format, and the rows that were left out.
+
+    `places`: of rankings, which do not carry it themselves, where each one stands.
+    """
 
     def __init__(self, records: Iterable[T] = (), *, format: str = "", quarantined: Iterable[BadRow] = ()) -> None:
         super().__init__(records)
         self.format = format
         self.quarantined = list(quarantined)
+        self.places: list[str] = []
 
 
 @dataclass
@@ -136,14 +140,18 @@ def read_rankings(cfg: DatasetConfig) -> Records[Ranking]:
         DataError: see `read_rows`; also a format without preferences, equal sides, or a malformed ranking.
     """
     parser = _Parser(cfg, RANKINGS, "preferences")
+    places: list[str] = []
 
     def build(row: Row) -> Ranking:
         ranking = parser(row)
+        places.append(row.where)
         ranking.prompt_id = ranking.prompt_id or prompt_id(ranking.prompt)
         ranking.meta = ranking.meta if parser.format == "ranking" else scalar_meta(row.fields)
         return ranking
 
-    return _keep(cfg, build, parser)
+    records = _keep(cfg, build, parser)
+    records.places = places
+    return records
 
 
 def write_rankings(path: str | Path, rankings: Iterable[Ranking]) -> None:
@@ -236,7 +244,9 @@ def _judge(cfg: DatasetConfig, good: int, bad: list[BadRow]) -> None:
         listed += f"\n  - and {len(bad) - _SHOWN} more"
     summary = f"{cfg.path}: {len(bad)} of {total} rows are malformed ({share:.2%})"
     if share > cfg.max_bad_fraction:
-        fix = f"correct these rows, or leave them out with `max_bad_fraction: {_round_up(share)}`"
+        fix = "correct these rows, or set `format:` if it was taken wrongly"
+        if share < 0.5:  # more would not be bad rows in a data set, but another data set
+            fix = f"correct these rows, or leave them out with `max_bad_fraction: {_round_up(share)}`"
         raise DataError(f"{summary}, tolerated are {cfg.max_bad_fraction:.2%}\n{listed}", fix=fix)
     if not good:
         raise DataError(f"{summary}, so nothing is left\n{listed}", fix="correct the rows, or set `format:`")

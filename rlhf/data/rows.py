@@ -115,6 +115,8 @@ def _json_row(line: bytes, where: str) -> Row | BadRow:
         return BadRow(where, f"not JSON ({error.msg} at column {error.colno}); write one JSON object per line")
     except RecursionError:
         return BadRow(where, "not usable JSON (nested too deeply); write one flat JSON object per line")
+    except ValueError:  # Python reads no longer ones
+        return BadRow(where, "not usable JSON (a number of thousands of digits); write it as text in quotes")
     return _object_row(fields, where)
 
 
@@ -139,6 +141,9 @@ def _json_array(path: Path) -> Iterator[Row | BadRow]:
     except json.JSONDecodeError as error:
         fix = "check commas, quotes and brackets there"
         raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})", fix=fix) from None
+    except (RecursionError, ValueError):
+        problem = "not usable JSON (nested too deeply, or a number of thousands of digits)"
+        raise DataError(f"{path}: {problem}", fix="write flat rows; .jsonl names the line at fault") from None
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
     at, line, counted = text.index("[") + 1, 1, 0
     while text[at := gap.match(text, at).end()] != "]":  # type: ignore[union-attr] - the pattern always matches

@@ -108,11 +108,14 @@ def _eos(tokenizer: Tokenizer) -> int:
 
 
 def _templated_tokens(tokenizer: Tokenizer, turns: list[Message]) -> list[int]:
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
         # transformers 5 answers with a BatchEncoding unless told otherwise.
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+    except TemplateSyntaxError as error:
+        name = tokenizer.name_or_path
+        raise ModelError(f"the chat template of {name} is not valid: {error}", fix="correct the template") from error
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         fix = "reorder or merge the turns as the template asks; some allow no system turn"

@@ -66,8 +66,14 @@ def check_context(lm: Any, prompts: Sequence[TokenizedPrompt], settings: Generat
             raise DataError(
                 f"{prompt.record.where}: {length} prompt tokens and up to {settings.max_new_tokens} new do not fit "
                 f"into the model's context of {limit}",
-                fix=f"set max_prompt_tokens: {limit - settings.max_new_tokens} with overlong: skip, or shorten it",
+                fix=_fitting(limit - settings.max_new_tokens),
             )
+
+
+def _fitting(room: int) -> str:
+    if room <= 0:
+        return "lower sampling.max_new_tokens"
+    return f"set max_prompt_tokens: {room} with overlong: skip, or shorten it"
 
 
 def missing_eos_penalty(scores: Sequence[float], rollouts: Sequence[Rollout], cfg: MissingEOSConfig) -> list[float]:

@@ -55,7 +55,7 @@ To label by hand instead
      Keep `tokens`, if present, as they are; a response whose text you edit is read from its text. Write "human"
      for "simulated" in `meta`.
   4. Train on it: rlhf reward CONFIG dataset.path=YOUR_FILE dataset.format=ranking
-The least that a line needs: {{"prompt": "...", "responses": ["...", "..."], "ranks": [2, 1]}}
+The least that a line needs: {{"prompt": "...", "responses": ["One answer.", "Another."], "ranks": [2, 1]}}
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rlhf.config_schema import DatasetConfig, SampleStage
 from rlhf.data.order import generator_for
 from rlhf.data.records import read_prompts
 from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, show_prompts
-from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer
+from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer, require_same_tokens
 from rlhf.progress import Progress
 from rlhf.rollout.buffer import RolloutBuffer
 from rlhf.rollout.collect import collect
@@ -24,21 +24,33 @@ def main(cfg: SampleStage, options: RunOptions) -> RunResult:
     """Write `rollouts/samples.parquet` and, of held-out prompts, `rollouts/heldout.parquet`."""
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     tokenizer = load_tokenizer(cfg.model)
+    for name in cfg.further_models:
+        require_same_tokens(name, tokenizer, role="further model")
     sources = {"samples": cfg.prompts, "heldout": cfg.heldout_prompts}
-    outputs, summary = {"model": cfg.model}, {}
     with Progress(stage="sample", enabled=runtime.is_main) as progress:
         prompts = {
             name: load_prompts(source, tokenizer, cfg, runtime, progress) for name, source in sources.items() if source
         }
-        lm = runtime.freeze(load_causal_lm(cfg.model, dtype=runtime.dtype))
-        for name, given in prompts.items():
-            rollouts = sample(name, lm, given, tokenizer, cfg, runtime, progress)
-            path = Path(cfg.run_dir) / "rollouts" / f"{name}.parquet"
-            if runtime.is_main:
-                RolloutBuffer(rollouts).to_parquet(path)
-            outputs["rollouts" if name == "samples" else "heldout_rollouts"] = str(path)
-            summary[name] = summarise(rollouts, len(given))
+        drawn: dict[str, list[Rollout]] = {name: [] for name in prompts}
+        for model in (cfg.model, *cfg.further_models):
+            lm = runtime.freeze(load_causal_lm(model, dtype=runtime.dtype))
+            for name, given in prompts.items():
+                drawn[name] += sample(name, model, lm, given, tokenizer, cfg, runtime, progress)
+    outputs, summary = {"model": cfg.model}, {}
+    for name, rollouts in drawn.items():
+        rollouts.sort(key=position_in(prompts[name]))  # stable: a prompt's completions stand together, model by model
+        path = Path(cfg.run_dir) / "rollouts" / f"{name}.parquet"
+        if runtime.is_main:
+            RolloutBuffer(rollouts).to_parquet(path)
+        outputs["rollouts" if name == "samples" else "heldout_rollouts"] = str(path)
+        summary[name] = summarise(rollouts, len(prompts[name]))
     return RunResult(cfg.run_dir, {**summary.pop("samples"), **summary}, outputs)
+
+
+def position_in(prompts: Sequence[TokenizedPrompt]) -> Callable[[Rollout], int]:
+    """A rollout's prompt as its index."""
+    index = {prompt.record.prompt_id: i for i, prompt in enumerate(prompts)}
+    return lambda rollout: index[rollout.prompt_id]
 
 
 def load_prompts(
@@ -56,6 +68,7 @@ def load_prompts(
 
 def sample(
     name: str,
+    model: str,
     lm: Any,
     prompts: Sequence[TokenizedPrompt],
     tokenizer: Any,
@@ -63,24 +76,22 @@ def sample(
     runtime: Runtime,
     progress: Progress,
 ) -> list[Rollout]:
-    """All ranks' completions; every rank samples its share of the prompts."""
-    mine, k = prompts[runtime.rank :: runtime.world_size], cfg.completions_per_prompt
+    """One model's completions from all ranks; every rank samples its share of the prompts."""
+    mine, k = prompts[runtime.rank :: runtime.world_size], cfg.completions_per_prompt // (1 + len(cfg.further_models))
     eos_ids = tuple(eos_token_ids(lm, tokenizer))
     settings = GenerationSettings(
         eos_ids, cfg.sampling.max_new_tokens, cfg.sampling.temperature, cfg.sampling.batch_size
     )
-    key = "sample" if name == "samples" else name
-    progress.phase(
-        "generate" if name == "samples" else name, total=len(mine) * k * settings.max_new_tokens, unit="tokens"
-    )
+    key = ["sample" if name == "samples" else name, *([model] if model != cfg.model else [])]
+    progress.phase(" ".join(key), total=len(mine) * k * settings.max_new_tokens, unit="tokens")
     rollouts = collect(
         lm,
         mine,
         settings,
         decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-        generator=generator_for(cfg.seed, key, runtime.rank, device=runtime.device),
+        generator=generator_for(cfg.seed, *key, runtime.rank, device=runtime.device),
         copies=k,
-        policy=cfg.model,
+        policy=model,
         on_tokens=progress.advance,
     )
     return runtime.gather_objects(rollouts)

@@ -116,8 +116,6 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
     """
     import dataclasses
 
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
     from trl.trainer.sft_config import SFTConfig
 
     on_cpu = not torch.cuda.is_available()
@@ -149,7 +147,26 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
         "dataloader_pin_memory": not on_cpu,
     }
     known = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
-    for key, value in cfg.trainer.items():
+    check_trainer_keys(cfg.trainer, known, ours)
+    merged = {**defaults, **cfg.trainer, **ours}
+    if "activation_checkpointing" in known:  # what transformers 5.20 calls it; the old name warns on every run
+        merged.setdefault("activation_checkpointing", merged["gradient_checkpointing"])
+    try:
+        return SFTConfig(**merged)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: trl.SFTConfig refuses it: {error}", fix="correct the value") from None
+
+
+def check_trainer_keys(given: dict[str, Any], known: dict[str, Any], ours: dict[str, Any]) -> None:
+    """`given` holds keys of trl (`known`, with their defaults) that are not `ours`, and values of their kind.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for key, value in given.items():
         if key in ours:
             raise ConfigError(f"trainer.{key} is set by our own keys", fix="remove it, and set ours (see SFTStage)")
         if key not in known:
@@ -159,17 +176,10 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
             raise ConfigError(f"trainer.{key}: {value!r} is not a number", fix="write a number")
     # transformers refuses these two only when the model is loaded and the data are tokenized.
     for key, choices in (("lr_scheduler_type", list(SchedulerType)), ("optim", list(OptimizerNames))):
-        if (value := cfg.trainer.get(key, choices[0])) not in choices:
+        if (value := given.get(key, choices[0])) not in choices:
             names = [choice.value for choice in choices]
             hint = did_you_mean(str(value), names)
             raise ConfigError(f"trainer.{key}: {value!r} is unknown{hint}", fix=f"use one of {', '.join(names)}")
-    merged = {**defaults, **cfg.trainer, **ours}
-    if "activation_checkpointing" in known:  # what transformers 5.20 calls it; the old name warns on every run
-        merged.setdefault("activation_checkpointing", merged["gradient_checkpointing"])
-    try:
-        return SFTConfig(**merged)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"trainer: trl.SFTConfig refuses it: {error}", fix="correct the value") from None
 
 
 def trained_examples(trainer: Any) -> list[tuple[list[int], list[bool]]]:

@@ -251,7 +251,7 @@ class RecordedRun:
 
     steps_total: int
     metrics: list[dict[str, float]] = field(default_factory=list)
-    progress: Any = field(default_factory=lambda: SimpleNamespace(advance=lambda n: None))
+    progress: Any = field(default_factory=lambda: SimpleNamespace(advance=lambda n: None, console=None))
 
     def steps(self) -> range:
         """0-based steps."""
@@ -335,7 +335,8 @@ def run_ppo(mdp: TokenMDP, cfg: PPOStage, lm: Any, classifier: Any) -> Experimen
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "build_roles", roles_of)
         patch.setattr(ppo, "build_reward", lambda *_: mdp.score)
-        patch.setattr(ppo, "load_prompts", lambda *_: [prompt] * cfg.batch_size)
+        patch.setattr(ppo, "load_prompts", lambda *_: ([prompt] * cfg.batch_size, ""))
+        patch.setattr(ppo, "show_prompts", lambda *_: None)
         patch.setattr(ppo, "PPORun", SimpleNamespace(open=opened))
         ppo.main(cfg, RunOptions())
     return Experiment(mdp, cfg, lm, reference, made[0].actor_critic, run.metrics)

@@ -93,6 +93,26 @@ def test_a_control_token_in_a_prompt_names_the_ranking(tiny: Any) -> None:
         tokenized(tiny, good, bad)
 
 
+def test_errors_name_file_and_line_of_a_ranking_that_was_read(tiny: Any, jsonl: Any) -> None:
+    row = {"prompt": "why", "responses": ["a", "the"], "ranks": [1, 2]}
+    path = jsonl("r.jsonl", [row, {**row, "responses": ["the " * 9, "a"]}, {**row, "prompt": "<|im_end|> why"}])
+    rankings = read_rankings(DatasetConfig(path=path))
+    with pytest.raises(DataError, match=rf"^{path}:2, response 1: \d+ tokens, max_length is 12"):
+        tokenize_rankings(rankings, tiny.tokenizer, chat=True, max_length=12, truncation="error")
+    with pytest.raises(DataError, match=rf"^{path}:3: .* control token"):
+        tokenize_rankings(rankings, tiny.tokenizer, chat=True, max_length=64, truncation="error")
+
+
+@pytest.mark.parametrize("token", [64_000, 2**40])
+def test_a_token_that_the_tokenizer_lacks_is_of_another_model(tiny: Any, token: int) -> None:
+    prompt = prompt_tokens(tiny.tokenizer, "why", chat=True)
+    rows = [[*prompt, 9, tiny.eos], [*prompt, 10, token, tiny.eos]]
+    texts = [tiny.tokenizer.decode(row) for row in ([9], [10])]
+    out = tokenized(tiny, Ranking("why", texts, [1, 2], tokens=rows))
+    assert out.items[0].rows == [rows[0], [*prompt, 10, tiny.eos]]
+    assert out.retokenized == 1
+
+
 def test_tokens_of_another_model_are_made_anew_and_counted(tiny: Any) -> None:
     out = tokenized(tiny, Ranking("why", ["the sun", "rain"], [1, 2], tokens=[[99, 98], [99, 97]]))
     assert out.retokenized == 2

@@ -310,7 +310,20 @@ RANKING = {"prompt": "p", "responses": ["a", ""], "ranks": [1, 2]}
         (read_rankings, RANKING, {**RANKING, "wins": [[0.5], [0.5]]}, "wins[0]", "is [0.5]"),
         (read_rankings, RANKING, {**RANKING, "tokens": [[1], ["a"]]}, "tokens[1]", "is ['a']"),
         (read_rankings, RANKING, {**RANKING, "gold_scores": 2}, "gold_scores", "is int for 2 responses"),
+        (read_rankings, RANKING, {**RANKING, "gold_scores": [1, float("nan")]}, "gold_scores[1]", "is nan"),
+        (read_rankings, RANKING, {**RANKING, "gold_scores": [float("-inf"), 1]}, "gold_scores[0]", "is -inf"),
+        (read_rankings, RANKING, {**RANKING, "tokens": [[1, -7], [1]]}, "tokens[0]", "is [1, -7]"),
+        (read_rankings, RANKING, {**RANKING, "responses": ["", ""]}, "responses[1]", "equals responses[0]"),
+        (read_rankings, RANKING, {**RANKING, "responses": ["a", "b\ud800"]}, "responses[1]", "lone surrogate"),
         (read_rankings, RANKING, {**RANKING, "meta": [1]}, "meta", "is list, not an object"),
+        (read_prompts, {"prompt": "p"}, {"prompt": "\ud800 sun"}, "prompt", "lone surrogate '\\ud800' at character 1"),
+        (
+            read_demonstrations,
+            {"prompt": "p", "completion": "c"},
+            {"prompt": "p", "completion": "c \udc41"},
+            "completion",
+            "lone surrogate '\\udc41' at character 3",
+        ),
         (read_prompts, {"prompt": "p"}, {"prompt": " \n"}, "prompt", "is empty"),
         (read_prompts, {"prompt": "p"}, {"prompt": []}, "prompt", "is an empty list"),
         (read_prompts, {"prompt": "p"}, {"prompt": 7}, "prompt", "is int, not a string"),
@@ -340,6 +353,24 @@ def test_a_malformed_row_names_file_line_and_key(
     assert f"{path}:1" not in str(error)
     tolerated = read(config(path, max_bad_fraction=0.34))
     assert [row.where for row in tolerated.quarantined] == [f"{path}:2"]
+
+
+def test_empty_responses_may_be_tied_or_differ_in_their_tokens(tmp_path: Path) -> None:
+    """EOS at once and unknown tokens up to the budget are two answers without a text."""
+    tied = {"prompt": "p", "responses": ["", "", "b"], "ranks": [1, 1, 2]}
+    sampled = {"prompt": "p", "responses": ["", ""], "ranks": [1, 2], "tokens": [[5, 1], [5, 0, 0]]}
+    assert len(read_rankings(config(write(tmp_path / "d.jsonl", tied, sampled)))) == 2
+
+
+def test_a_null_first_row_names_the_key_and_not_the_columns() -> None:
+    with pytest.raises(DataError, match="key 'prompt' is null") as caught:
+        detect_format({"prompt": None, "source": "web"})
+    assert "rename" not in str(caught.value)
+
+
+def test_rankings_know_where_they_stand(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", PAIR, {**PAIR, "rejected": ""}, PAIR)
+    assert read_rankings(config(path, max_bad_fraction=0.5)).places == [f"{path}:1", f"{path}:3"]
 
 
 def test_a_first_row_without_a_side_does_not_change_the_format(tmp_path: Path) -> None:
@@ -384,17 +415,24 @@ def test_tolerated_rows_are_left_out_counted_and_said(tmp_path: Path, caplog: py
 
 
 def test_too_many_bad_rows_name_the_first_three(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", {"prompt": "a"}, *["nonsense\n"] * 5)
+    path = write(tmp_path / "d.jsonl", {"prompt": "a"}, *["nonsense\n"] * 5, *[{"prompt": "a"}] * 6)
     error = refused(
         read_rows,
-        config(path, max_bad_fraction=0.5),
-        "5 of 6 rows",
-        "tolerated are 50.00%",
+        config(path, max_bad_fraction=0.25),
+        "5 of 12 rows",
+        "tolerated are 25.00%",
         f"{path}:4: not JSON",
         "2 more",
+        "max_bad_fraction: 0.42",
     )
     assert f"{path}:5" not in str(error)
-    assert len(read_rows(config(path, max_bad_fraction=0.84)).quarantined) == 5  # what the fix proposes
+    assert len(read_rows(config(path, max_bad_fraction=0.42)).quarantined) == 5  # what the fix proposes
+
+
+@pytest.mark.parametrize("rows", [["nonsense\n"], [{"prompt": "a"}, "nonsense\n"]])
+def test_half_of_the_rows_or_more_are_not_proposed_to_be_left_out(tmp_path: Path, rows: list[Any]) -> None:
+    error = refused(read_rows, config(write(tmp_path / "d.jsonl", *rows)), "set `format:`")
+    assert "max_bad_fraction" not in str(error)
 
 
 def test_nothing_left_is_an_error_even_if_all_is_tolerated(tmp_path: Path) -> None:
@@ -443,6 +481,13 @@ def test_a_broken_json_array_names_its_line(tmp_path: Path) -> None:
     refused(read_rows, config(path), f"{path}:2: not JSON")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"prompt": ' + "9" * 5000 + "}]"])
+def test_a_json_array_that_python_cannot_read_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(text)
+    refused(read_rows, config(path), f"{path}: not usable JSON")
+
+
 def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "d.parquet"
@@ -464,6 +509,7 @@ def test_a_damaged_parquet_file_is_an_error(tmp_path: Path) -> None:
         (b'["a"]\n', "a list, not keys and values"),
         (b'{"prompt": "\xff"}\n', "not UTF-8"),
         (b"[" * 100_000 + b"\n", "nested too deeply"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}\n", "thousands of digits"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: bytes, problem: str) -> None:

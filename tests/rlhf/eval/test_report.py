@@ -330,6 +330,13 @@ def test_health_of_the_curves(full_run, changes, alarm):
     assert alarms(full_run) == [alarm]
 
 
+def test_a_kl_that_rises_from_0_in_a_bend_is_not_negative(full_run):
+    kl = [0.0, 0.16, 0.43, 1.59, 2.65, 2.93, 3.5, 4.79, 4.85, 6.33, 7.32, 8.69]
+    rows = [ppo_row(i, **{"objective/kl": y}) for i, y in enumerate(kl, 1)]
+    write_lines(Path(full_run.ppo_dir) / "metrics.jsonl", rows)
+    assert "KL is negative" not in alarms(full_run)
+
+
 def test_health_of_falling_entropy_and_of_the_reward_model(full_run):
     rows = [ppo_row(i, **{"policy/entropy_avg": 2.5 / i}) for i in range(1, 41)]
     write_lines(Path(full_run.ppo_dir) / "metrics.jsonl", rows)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.errors import ConfigError
 from rlhf.models.load import load_causal_lm
 from rlhf.rollout.buffer import RolloutBuffer
 from rlhf.runs import RunOptions
@@ -80,3 +81,24 @@ def test_held_out_prompts_go_to_a_file_of_their_own(stage_config: Any, jsonl: An
     assert [r.prompt for r in heldout] == ["why"] * 3 + ["how is the sea"] * 3
     assert (result.summary["rollouts"], result.summary["heldout"]["rollouts"]) == (30, 6)
     assert sampled(stage_config("sample")) == RolloutBuffer.from_parquet(result.outputs["rollouts"]).rollouts
+
+
+def test_completions_are_shared_out_among_models(stage_config: Any, tiny: Any, tmp_path: Path) -> None:
+    """Each prompt's stand together, the first model's first, each with the log-probabilities of its own model."""
+    lm = load_causal_lm(tiny.path, dtype=torch.float32)
+    with torch.no_grad():
+        lm.lm_head.weight.mul_(1.5)
+    lm.save_pretrained(tmp_path / "other")
+    tiny.tokenizer.save_pretrained(tmp_path / "other")
+    other = str(tmp_path / "other")
+    rollouts = sampled(stage_config("sample", completions_per_prompt=4, further_models=[other]))
+    assert [r.policy for r in rollouts] == [tiny.path, tiny.path, other, other] * 10
+    assert [len({r.prompt_id for r in rollouts[i : i + 4]}) for i in range(0, 40, 4)] == [1] * 10
+    for rollout in rollouts[2::9]:
+        model = load_causal_lm(rollout.policy, dtype=torch.float32)
+        with torch.no_grad():
+            logp_TV = model(torch.tensor([rollout.tokens])).logits[0].log_softmax(-1)
+        t = rollout.action_mask.index(True)
+        assert rollout.logprobs[t] == pytest.approx(float(logp_TV[t - 1, rollout.tokens[t]]), abs=1e-4)
+    with pytest.raises(ConfigError, match="cannot be shared out evenly among 2 models"):
+        stage_config("sample", completions_per_prompt=3, further_models=[other])

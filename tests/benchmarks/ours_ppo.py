@@ -1,0 +1,89 @@
+"""Our side of bench_ppo: some steps of `rlhf ppo`; prints one JSON line with its speed. The first step warms up."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import BUILD
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    for name in ("batch", "micro", "budget", "epochs", "updates"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("overrides", nargs="*", help="further keys of the configuration, a.b=c")
+    return parser.parse_args()
+
+
+def reward_model(model: str) -> str:
+    """A reward model with a random head, made once; what it says does not change the time."""
+    import torch
+
+    from reward_model.model import save_reward_model
+    from rlhf.models.load import load_sequence_classifier, load_tokenizer
+
+    folder = BUILD / "reward_model"
+    if not folder.exists():
+        torch.manual_seed(0)
+        classifier = load_sequence_classifier(model, dtype=torch.bfloat16, new_head=True)
+        save_reward_model(folder, classifier, load_tokenizer(model), {"mean": 0.0, "std": 1.0})
+    return str(folder)
+
+
+def configuration(args: argparse.Namespace, run_dir: Path) -> Any:
+    from rlhf import config
+
+    plain = {
+        "run_dir": str(run_dir),
+        "model": args.model,
+        "reward_model": reward_model(args.model),
+        "prompts": {"path": str(BUILD / "prompts.text.jsonl")},
+        "sampling": {"max_new_tokens": args.budget, "batch_size": args.batch},
+        "steps": args.updates + 1,
+        "batch_size": args.batch,
+        "micro_batch_size": args.micro,
+        "minibatches": 1,
+        "epochs": args.epochs,
+        "optim": {"lr": 1e-6},
+        "precision": "bf16",
+        "save_every": 0,
+        "tracking": {"wandb": "off"},
+    }
+    file = run_dir.with_suffix(".yaml")
+    file.write_text(json.dumps(plain))
+    return config.load(str(file), "ppo", args.overrides)
+
+
+def main() -> None:
+    args = arguments()
+    from rlhf.runs import RunOptions, peak_rss_gb
+    from rlhf.stages import ppo
+
+    run_dir = BUILD / "ours_ppo"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        ppo.main(configuration(args, run_dir), RunOptions(resume="never"))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
+
+    def mean(key: str) -> float:
+        return statistics.fmean(line[key] for line in lines)
+
+    report = {
+        "samples_per_s": args.batch / mean("time/step"),
+        "length_mean": mean("response/length_mean"),
+        "seconds": {name: mean(f"time/{name}") for name in ("generate", "score", "update", "step")},
+        "peak_rss_gb": peak_rss_gb(),
+    }
+    print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()
