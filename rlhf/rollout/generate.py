@@ -1,7 +1,8 @@
 """Sampling from a causal language model: batched, KV-cached, log-probabilities taken while sampling.
 
 The prompt is read once for all of its completions, finished rows leave the batch, and a token is drawn by
-inverting the cumulative distribution: `torch.multinomial` over 49,152 entries is an order of magnitude slower.
+inverting the cumulative distribution: `torch.multinomial` over 49,152 entries is an order of magnitude slower. What
+runs the model, one token at a time, is in `decode.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.rollout.decode import decoder_for
 from rlhf.types import StopReason
 
+_BLOCK = 128
+"""Vocabulary entries whose weights are added up before the draw."""
 _COMPACT_SHARE = 5
 """Finished rows leave once they are a fifth of the batch: moving the cache costs more than a few idle rows."""
 
@@ -38,21 +42,42 @@ class GenerationSettings:
     batch_size: int = 32
 
 
-def draw(probabilities_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """One index per row by inverse CDF: the first v with `sum(p[:v + 1]) > u`, u uniform on [0, sum(p)).
+def draw(weights_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """One index per row by inverse CDF: the first v with `sum(w[:v + 1]) > u`, u uniform on [0, sum(w)).
+
+    The weights need not add up to 1. First the block that u falls into is found, then the place in it: cumulative
+    sums over the whole vocabulary would be passes over memory that the sums of blocks make needless.
 
     float32 sums of 49,152 terms are off by about 1e-6, which moves a draw with that probability.
     """
-    cdf_BV = probabilities_BV.cumsum(1)
-    u_B1 = torch.rand(len(cdf_BV), 1, generator=generator, device=cdf_BV.device) * cdf_BV[:, -1:]
-    index_B = torch.searchsorted(cdf_BV, u_B1, right=True).squeeze(1)
-    # Rounding can make u equal to the total; the last index with any probability is the answer then.
-    last_B = (
-        cdf_BV.shape[1] - 1 - (probabilities_BV.flip(1) > 0).int().argmax(1)
-        if bool((index_B >= cdf_BV.shape[1]).any())
-        else None
-    )
-    return index_B if last_B is None else torch.minimum(index_B, last_B)
+    vocabulary = weights_BV.shape[1]
+    blocks_BNW = torch.nn.functional.pad(weights_BV, (0, -vocabulary % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    sums_BN = blocks_BNW.sum(2)
+    ends_BN = sums_BN.cumsum(1)
+    u_B1 = torch.rand(len(ends_BN), 1, generator=generator, device=ends_BN.device) * ends_BN[:, -1:]
+    block_B1 = _first_beyond(ends_BN, u_B1, sums_BN)
+    inner_BW = blocks_BNW.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
+    before_B1 = (ends_BN - sums_BN).gather(1, block_B1)
+    return (block_B1 * _BLOCK + _first_beyond(inner_BW.cumsum(1), u_B1 - before_B1, inner_BW)).squeeze(1)
+
+
+def _first_beyond(ends_BN: Tensor, u_B1: Tensor, weights_BN: Tensor) -> Tensor:
+    """First index whose end is above u; where rounding left u at the total, the last index with any weight. [B, 1]"""
+    index_B1 = torch.searchsorted(ends_BN, u_B1, right=True)
+    if bool((index_B1 >= ends_BN.shape[1]).any()):
+        last_B1 = ends_BN.shape[1] - 1 - (weights_BN.flip(1) > 0).int().argmax(1, keepdim=True)
+        index_B1 = torch.minimum(index_B1, last_B1)
+    return index_B1
+
+
+def sample_tokens(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(tokens_B, their log-probabilities in nats) at `temperature`, in float32."""
+    scaled_BV = logits_BV.float() if temperature == 1.0 else logits_BV.float() / temperature
+    highest_B1 = scaled_BV.amax(1, keepdim=True)
+    weights_BV = (scaled_BV - highest_B1).exp_()
+    tokens_B = draw(weights_BV, generator)
+    chosen_B = scaled_BV.gather(1, tokens_B[:, None]).squeeze(1)
+    return tokens_B, chosen_B - highest_B1.squeeze(1) - weights_BV.sum(1).log()
 
 
 @torch.no_grad()
@@ -84,35 +109,6 @@ def generate(
     return results
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(p) for p in prompts)
-    tokens_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        tokens_BT[i, longest - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[i, longest - len(prompt) :] = 1
-    return tokens_BT.to(device), mask_BT.to(device)
-
-
-def _prefill(lm: Any, prompts: Sequence[Sequence[int]], copies: int) -> tuple[Tensor, Any, Tensor]:
-    """Read each prompt once; then repeat logits, cache and mask for its completions."""
-    from transformers import DynamicCache
-
-    tokens_BT, mask_BT = _left_padded(prompts, lm.device)
-    output = lm(
-        input_ids=tokens_BT,
-        attention_mask=mask_BT,
-        position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0),
-        past_key_values=DynamicCache(config=lm.config),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache = output.past_key_values
-    if copies > 1:
-        cache.batch_repeat_interleave(copies)
-    return output.logits[:, -1].repeat_interleave(copies, 0), cache, mask_BT.repeat_interleave(copies, 0)
-
-
 def _generate_batch(
     lm: Any,
     prompts: Sequence[Sequence[int]],
@@ -122,32 +118,25 @@ def _generate_batch(
     on_tokens: Callable[[int], None],
 ) -> None:
     """Fill `rows` (prompt-major) token by token until all have ended or the budget is spent."""
-    logits_BV, cache, mask_BT = _prefill(lm, prompts, len(rows) // len(prompts))
-    eos = torch.tensor(settings.eos_ids, device=lm.device)
-    done_B = torch.zeros(len(rows), dtype=torch.bool, device=lm.device)
+    decoder = decoder_for(lm)
+    logits_BV = decoder.prefill(prompts, len(rows) // len(prompts), settings.max_new_tokens)
+    eos = torch.tensor(settings.eos_ids, device=logits_BV.device)
+    done_B = torch.zeros(len(rows), dtype=torch.bool, device=logits_BV.device)
     for step in range(settings.max_new_tokens):
-        logprobs_BV = torch.log_softmax(logits_BV.float() / settings.temperature, dim=-1)
-        tokens_B = draw(logprobs_BV.exp(), generator)
+        tokens_B, logprobs_B = sample_tokens(logits_BV, settings.temperature, generator)
         finished_B = torch.isin(tokens_B, eos) & ~done_B
-        _record(rows, tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1), finished_B, done_B)
+        _record(rows, tokens_B, logprobs_B, finished_B, done_B)
         on_tokens(len(rows) - int(done_B.sum()))
-        if bool((finished_B | done_B).all()) or step + 1 == settings.max_new_tokens:
-            return
         done_B |= finished_B
-        if int(done_B.sum()) * _COMPACT_SHARE >= len(rows):
+        done = int(done_B.sum())
+        if done == len(rows) or step + 1 == settings.max_new_tokens:
+            return
+        if done * _COMPACT_SHARE >= len(rows):
             alive = (~done_B).nonzero().squeeze(1)
             rows = [rows[i] for i in alive.tolist()]
-            cache.batch_select_indices(alive)
-            tokens_B, mask_BT, done_B = tokens_B[alive], mask_BT[alive], done_B[alive]
-        mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
-        positions_B1 = mask_BT.sum(1, keepdim=True) - 1
-        logits_BV = lm(
-            input_ids=tokens_B[:, None],
-            attention_mask=mask_BT,
-            position_ids=positions_B1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+            decoder.keep(alive)
+            tokens_B, done_B = tokens_B[alive], done_B[alive]
+        logits_BV = decoder.step(tokens_B)
 
 
 def _record(rows: list[Completion], tokens_B: Tensor, logprobs_B: Tensor, finished_B: Tensor, done_B: Tensor) -> None:

@@ -1,0 +1,109 @@
+"""The lean decoder against transformers' own, step by step; and which models it leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from rlhf.models.load import load_causal_lm
+from rlhf.rollout.decode import LlamaDecoder, TransformersDecoder, decoder_for, has_llama_shape
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+PROMPTS = [[2, 9, 12], [2, 30], [2, 14, 15, 16, 17, 18]]
+
+
+def model(config: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+LLAMAS = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama3 rope": LlamaConfig(
+        **SHAPE,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "one key head": LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}, attention_bias=True, mlp_bias=True),
+    "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2 (biases)": Qwen2Config(**SHAPE),
+    "qwen3 (norms of queries and keys)": Qwen3Config(**SHAPE),
+    "gemma (scaled embeddings)": GemmaConfig(**SHAPE),
+    "mistral without a window": MistralConfig(**SHAPE, sliding_window=None),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LLAMAS)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_logits_are_those_of_transformers(name: str, copies: int) -> None:
+    """Ragged prompts, several steps, rows that leave in the middle."""
+    lm = model(LLAMAS[name])
+    assert has_llama_shape(lm)
+    decoders = [TransformersDecoder(lm), LlamaDecoder(lm)]
+    logits = [decoder.prefill(PROMPTS, copies, budget=8) for decoder in decoders]
+    torch.testing.assert_close(logits[1], logits[0])
+    generator = torch.Generator().manual_seed(1)
+    rows = len(PROMPTS) * copies
+    for step in range(8):
+        tokens_B = torch.randint(0, 60, (rows,), generator=generator)
+        logits = [decoder.step(tokens_B) for decoder in decoders]
+        torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+        if step in (2, 4):
+            alive = torch.arange(rows)[torch.arange(rows) != step % rows]
+            rows = len(alive)
+            for decoder in decoders:
+                decoder.keep(alive)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SHAPE, sliding_window=4),
+        GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    ],
+    ids=["sliding window", "gpt2"],
+)
+def test_other_shapes_decode_through_transformers(config: Any) -> None:
+    assert isinstance(decoder_for(model(config)), TransformersDecoder)
+
+
+def test_the_tiny_model_decodes_lean_in_both_precisions(tiny: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert isinstance(decoder_for(load_causal_lm(tiny.path, dtype=dtype)), LlamaDecoder)
+
+
+@pytest.mark.model
+@torch.no_grad()
+def test_the_packaged_model_decodes_lean_in_bf16() -> None:
+    lm = load_causal_lm("smollm2-135m", dtype=torch.bfloat16)
+    assert AutoConfig.from_pretrained(lm.config._name_or_path).model_type == "llama"
+    assert isinstance(decoder_for(lm), LlamaDecoder)
