@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +58,10 @@ def _run_dir(name: str) -> None:
 
 
 def _launcher(launcher: str) -> None:
+    from rlhf.stages.pipeline import find_program
+
     words = shlex.split(launcher)
-    if words and shutil.which(words[0]) is None:
+    if words and find_program(words[0]) is None:
         fix = "correct its first word, or install it in this environment"
         raise ConfigError(f"launcher: there is no program {words[0]!r}", fix=fix)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -173,10 +174,18 @@ def run_stage(planned: Planned, cfg: PipelineStage, options: RunOptions) -> None
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(file, yaml.safe_dump(planned.cfg.model_dump(mode="json"), sort_keys=False))
     atomic_write(folder / _started(planned.stage), planned.key)
-    launcher = (
-        shlex.split(cfg.launcher) if cfg.launcher and planned.stage not in ("label", "report") else [sys.executable]
-    )
-    command = [*launcher, "-m", "rlhf", planned.stage, str(file), "--resume", options.resume]
+    launcher = "" if planned.stage in ("label", "report") else cfg.launcher
+    program, *words = shlex.split(launcher) or [sys.executable]
+    command = [
+        find_program(program) or program,
+        *words,
+        "-m",
+        "rlhf",
+        planned.stage,
+        str(file),
+        "--resume",
+        options.resume,
+    ]
     code = subprocess.run(command, check=False).returncode
     if code != 0:
         raise StageError(
@@ -184,6 +193,11 @@ def run_stage(planned: Planned, cfg: PipelineStage, options: RunOptions) -> None
             fix="correct the error above and run the same command again: it goes on from here",
         )
     atomic_write(folder / _finished(planned.stage), planned.key)
+
+
+def find_program(name: str) -> str | None:
+    """A program on the path, or of the environment that this runs in, activated or not."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def _started(stage: str) -> str:

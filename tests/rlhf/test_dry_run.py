@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,4 +182,11 @@ def test_a_launcher_that_is_not_installed_is_named(pipeline: Any) -> None:
     error = of_the_dry_run("pipeline", pipeline("launcher=nosuch launch --x"))
     assert isinstance(error, ConfigError)
     assert "launcher: there is no program 'nosuch'" in error.message
-    dry_run.describe("pipeline", pipeline("launcher=python -X dev"))
+    dry_run.describe("pipeline", pipeline(f"launcher={sys.executable} -X dev"))
+
+
+def test_a_launcher_of_an_environment_that_is_not_activated_is_found(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    dry_run.describe("pipeline", pipeline(f"launcher={Path(sys.executable).name} -X dev"))

@@ -328,7 +328,7 @@ def test_a_launcher_starts_the_stages_with_a_model(copy: Path, monkeypatch: pyte
 
     monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=record))
     run(copy, "launcher=accelerate launch --config_file 'my file.yaml'", resume="never")
-    launched = ["accelerate", "launch", "--config_file", "my file.yaml"]
+    launched = [pipeline.find_program("accelerate"), "launch", "--config_file", "my file.yaml"]
     assert {stage for stage, head in seen.items() if head == launched} == {
         "sft",
         "sample",
