@@ -18,8 +18,7 @@ from rlhf.config import dump
 from rlhf.config_schema import DatasetConfig, EvaluateStage, PipelineStage, SFTStage
 from rlhf.errors import ConfigError, DataError, ModelError
 from rlhf.models import bundled
-
-MODEL_KEYS = {"model", "reference", "reward_model", "base"}
+from rlhf.runs import MODEL_KEYS
 
 
 def describe(stage: str, cfg: Any, *, quiet: bool = False) -> None:

@@ -31,7 +31,7 @@ FREE_TO_CHANGE = frozenset(
 """Keys that change nothing that is learned: they may differ on a resume, and make no finished stage run again."""
 
 _ROLLOUT_KEYS = ("rollouts", "heldout_rollouts")
-_MODEL_KEYS = ("model", "reference", "base", "reward_model")
+MODEL_KEYS = ("model", "reference", "base", "reward_model")
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
 
 
@@ -178,7 +178,7 @@ def named_data(cfg: StageConfig) -> set[str]:
 def named_models(cfg: StageConfig) -> set[str]:
     """Every model that a configuration names: folders, hub ids, our short name."""
     plain = cfg.model_dump(mode="json")
-    named = [plain.get(key) for key in _MODEL_KEYS] + plain.get("further_models", [])
+    named = [plain.get(key) for key in MODEL_KEYS] + plain.get("further_models", [])
     named += (plain.get("policies") or {}).values()
     return {name for name in named if isinstance(name, str)}
 
