@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rlhf.functional.logprobs import chunked_logprobs_and_entropy, gather_action_states, scatter_actions
+from rlhf.models.packed_forward import packed_hidden_states, runs_packed
 
 
 def position_ids(attention_mask_BT: Tensor) -> Tensor:
@@ -26,6 +28,12 @@ def hidden_states(
     Args:
         attention_mask: which tokens are real, [B, T]; or, with `positions_BT`, which token sees which, [B, 1, T, T].
     """
+    if runs_packed(backbone, tokens_BT.shape[1]):
+        if positions_BT is None:
+            return packed_hidden_states(backbone, tokens_BT, attention_mask)
+        seen_B1TT = torch.zeros(attention_mask.shape).masked_fill_(~attention_mask, -torch.inf)
+        every_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+        return packed_hidden_states(backbone, tokens_BT, every_BT, bias_B1TT=seen_B1TT, positions=positions_BT)
     given: dict[str, Tensor] = {}
     if positions_BT is not None:
         given = {"attention_mask": attention_mask, "position_ids": positions_BT}
@@ -42,9 +50,16 @@ class Policy(nn.Module):
         self.lm = lm
 
     def forward(
-        self, tokens_BT: Tensor, attention_mask_BT: Tensor, action_mask_BT: Tensor, *, temperature: float = 1.0
+        self,
+        tokens_BT: Tensor,
+        attention_mask_BT: Tensor,
+        action_mask_BT: Tensor,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """`log pi(token_t | tokens_<t)` and the entropy of that distribution, in nats, 0 off the actions.
+        """`log pi(token_t | tokens_<t)` and the entropy of that distribution (0 if not asked for), in nats; 0 off the
+        actions.
 
         The head runs on action positions only: with a vocabulary of 49,152 it is most of a small model's work.
         """
@@ -57,6 +72,7 @@ class Policy(nn.Module):
             tokens_BT[action_mask_BT],
             temperature=temperature,
             bias_V=getattr(head, "bias", None),
+            with_entropy=with_entropy,
         )
         return scatter_actions(logprobs_N, action_mask_BT), scatter_actions(entropy_N, action_mask_BT)
 
@@ -70,9 +86,17 @@ class ActorCritic(nn.Module):
         self.critic = critic
 
     def forward(
-        self, tokens_BT: Tensor, attention_mask_BT: Tensor, action_mask_BT: Tensor, *, temperature: float = 1.0
+        self,
+        tokens_BT: Tensor,
+        attention_mask_BT: Tensor,
+        action_mask_BT: Tensor,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logprobs_BT, entropy_BT, values_BT), each 0 off the actions."""
-        logprobs_BT, entropy_BT = self.policy(tokens_BT, attention_mask_BT, action_mask_BT, temperature=temperature)
+        logprobs_BT, entropy_BT = self.policy(
+            tokens_BT, attention_mask_BT, action_mask_BT, temperature=temperature, with_entropy=with_entropy
+        )
         values_BT = self.critic(tokens_BT, attention_mask_BT).masked_fill(~action_mask_BT, 0.0)
         return logprobs_BT, entropy_BT, values_BT

@@ -217,7 +217,7 @@ def evaluate_rollouts(
         inputs = (part.tokens_BT, part.attention_mask_BT, part.action_mask_BT)
         with runtime.autocast():
             logprobs_BT, entropy_BT, values_BT = actor_critic(*inputs, temperature=cfg.sampling.temperature)
-            ref_logprobs_BT, _ = reference(*inputs, temperature=cfg.sampling.temperature)
+            ref_logprobs_BT, _ = reference(*inputs, temperature=cfg.sampling.temperature, with_entropy=False)
         width = part.tokens_BT.shape[1]
         batch.logprobs_BT[rows, :width] = logprobs_BT.float()
         batch.ref_logprobs_BT[rows, :width] = ref_logprobs_BT.float()
@@ -365,7 +365,11 @@ def ppo_loss(
     mask_BT = part.action_mask_BT
     with runtime.autocast():
         logprobs_BT, entropy_BT, values_BT = actor_critic(
-            part.tokens_BT, part.attention_mask_BT, mask_BT, temperature=cfg.sampling.temperature
+            part.tokens_BT,
+            part.attention_mask_BT,
+            mask_BT,
+            temperature=cfg.sampling.temperature,
+            with_entropy=cfg.entropy_coef > 0,
         )
     logprobs_BT, values_BT = logprobs_BT.float(), values_BT.float()
     policy, policy_stats = policy_loss(

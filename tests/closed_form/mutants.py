@@ -219,8 +219,8 @@ def called_at_temperature_1(name: str, *, model: int) -> Patch:
 
     def mutate(original: Any) -> Any:
         def mutated(*args: Any, **kwargs: Any) -> Any:
-            def untempered_model(*a: Any, temperature: float) -> Any:
-                return args[model](*a, temperature=1.0)
+            def untempered_model(*a: Any, **settings: Any) -> Any:
+                return args[model](*a, **{**settings, "temperature": 1.0})
 
             return original(*args[:model], untempered_model, *args[model + 1 :], **kwargs)
 
@@ -231,7 +231,7 @@ def called_at_temperature_1(name: str, *, model: int) -> Patch:
 
 def untempered(original: Any) -> Any:
     """Old, new and reference log-probabilities agree, but not with the sampler."""
-    return lambda self, *args, temperature: original(self, *args, temperature=1.0)
+    return lambda self, *args, **settings: original(self, *args, **{**settings, "temperature": 1.0})
 
 
 def with_dropout(original: Any) -> Any:
