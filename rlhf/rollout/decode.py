@@ -54,19 +54,22 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
     return tokens_BT.to(device), mask_BT.to(device)
 
 
-def _read(lm: Any, tokens_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Any]:
-    """(logits of the last position, cache) of transformers' own forward."""
+def _inputs(lm: Any, tokens_BT: Tensor, mask_BT: Tensor) -> dict[str, Any]:
+    """What transformers' forward takes to read left-padded prompts into a new cache."""
     from transformers import DynamicCache
 
-    output = lm(
-        input_ids=tokens_BT,
-        attention_mask=mask_BT.long(),
-        position_ids=(mask_BT.long().cumsum(1) - 1).clamp(min=0),
-        past_key_values=DynamicCache(config=lm.config),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1], output.past_key_values
+    return {
+        "input_ids": tokens_BT,
+        "attention_mask": mask_BT.long(),
+        "position_ids": (mask_BT.long().cumsum(1) - 1).clamp(min=0),
+        "past_key_values": DynamicCache(config=lm.config),
+        "use_cache": True,
+    }
+
+
+def _contiguous(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """A hook: of a strided [B, 1, H] torch makes a batched product, for which it copies the weight B times."""
+    return (inputs[0].contiguous(),)
 
 
 class TransformersDecoder:
@@ -78,7 +81,12 @@ class TransformersDecoder:
     def prefill(self, prompts: Sequence[Sequence[int]], copies: int, budget: int) -> Tensor:
         """See `Decoder`."""
         tokens_BT, mask_BT = left_padded(prompts, self._lm.device)
-        logits_BV, self._cache = _read(self._lm, tokens_BT, mask_BT)
+        hook = self._lm.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        try:
+            output = self._lm(**_inputs(self._lm, tokens_BT, mask_BT), logits_to_keep=1)
+        finally:
+            hook.remove()
+        logits_BV, self._cache = output.logits[:, -1], output.past_key_values
         if copies > 1:
             self._cache.batch_repeat_interleave(copies)
         self._mask_BT = mask_BT.repeat_interleave(copies, 0)
@@ -110,14 +118,15 @@ class LlamaDecoder:
 
     def __init__(self, lm: Any) -> None:
         self._lm = lm
-        self._backbone = getattr(lm, lm.base_model_prefix)
+        self._backbone, self._head = getattr(lm, lm.base_model_prefix), lm.get_output_embeddings()
         attention = self._backbone.layers[0].self_attn
         self._head_dim, self._scale = attention.head_dim, attention.scaling
 
     def prefill(self, prompts: Sequence[Sequence[int]], copies: int, budget: int) -> Tensor:
         """See `Decoder`."""
         tokens_BT, mask_BT = left_padded(prompts, self._lm.device)
-        logits_BV, cache = _read(self._lm, tokens_BT, mask_BT)
+        output = self._backbone(**_inputs(self._lm, tokens_BT, mask_BT))
+        logits_BV, cache = self._head(output.last_hidden_state[:, -1].contiguous()), output.past_key_values
         rows, self._column = len(prompts) * copies, mask_BT.shape[1]
         self._keys, self._values = [], []
         for layer in cache.layers:
@@ -140,7 +149,7 @@ class LlamaDecoder:
             x_B1H = x_B1H + layer.mlp(layer.post_attention_layernorm(x_B1H))
         self._column += 1
         self._positions_B = self._positions_B + 1
-        return self._lm.get_output_embeddings()(self._backbone.norm(x_B1H))[:, 0]
+        return self._head(self._backbone.norm(x_B1H)[:, 0])
 
     def keep(self, rows: Tensor) -> None:
         """See `Decoder`."""
@@ -195,9 +204,8 @@ def _agrees(lm: Any) -> bool:
     for kind in (TransformersDecoder, LlamaDecoder):
         try:
             decoder = kind(lm)
-            decoder.prefill(prompts, 1, 2)
-            decoder.step(tokens_B)
-            logits.append(decoder.step(tokens_B).float())
+            first = decoder.prefill(prompts, 1, 2)
+            logits.append(torch.cat((first, decoder.step(tokens_B), decoder.step(tokens_B))).float())
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
             return False
     theirs, ours = logits

@@ -84,6 +84,19 @@ def test_logits_are_those_of_transformers(name: str, copies: int) -> None:
                 decoder.keep(alive)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [TransformersDecoder, LlamaDecoder])
+def test_the_head_reads_rows_that_lie_side_by_side(kind: Any) -> None:
+    """Of a strided [B, 1, H] torch makes a batched product, with the head's weight copied for every row."""
+    lm = model(LLAMAS["llama"])
+    seen: list[bool] = []
+    lm.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].is_contiguous()))
+    decoder = kind(lm)
+    decoder.prefill(PROMPTS, 1, budget=2)
+    decoder.step(torch.tensor([1, 2, 3]))
+    assert seen == [True, True]
+
+
 @pytest.mark.parametrize(
     "config",
     [
