@@ -1,13 +1,14 @@
 """Sampling from a causal language model: batched, KV-cached, log-probabilities taken while sampling.
 
-The prompt is read once for all of its completions, finished rows leave the batch, and a token is drawn by
-inverting the cumulative distribution: `torch.multinomial` over 49,152 entries is an order of magnitude slower. What
-runs the model, one token at a time, is in `decode.py`.
+The prompt is read once for all of its completions. Finished rows leave and the next prompts take their places
+(continuous batching). A token is drawn by inverting the cumulative distribution: `torch.multinomial` over 49,152
+entries is an order of magnitude slower. What runs the model, one token at a time, is in `decode.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +20,10 @@ from rlhf.types import StopReason
 
 _BLOCK = 128
 """Vocabulary entries whose weights are added up before the draw."""
-_COMPACT_SHARE = 5
-"""Finished rows leave once they are a fifth of the batch: moving the cache costs more than a few idle rows."""
+_LEAVE_SHARE = 16
+"""Finished rows leave once they are this part of the rows: moving others into their places costs something too."""
+_JOIN_SHARE = 5
+"""Prompts join once this part of the places is free: reading a few at a time costs more than a few idle places."""
 
 
 @dataclass
@@ -98,54 +101,74 @@ def generate(
         generator: of the model's device; the only source of chance.
         on_tokens: told the number of new tokens after every decoding step.
     """
-    prompts_per_batch = max(1, settings.batch_size // copies)
-    # Prompts of similar length share a batch, so that little padding is read.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    results: list[Completion] = [Completion() for _ in range(len(prompts) * copies)]
-    for start in range(0, len(order), prompts_per_batch):
-        chosen = order[start : start + prompts_per_batch]
-        rows = [results[i * copies + k] for i in chosen for k in range(copies)]
-        _generate_batch(lm, [prompts[i] for i in chosen], rows, settings, generator, on_tokens)
+    results = [Completion() for _ in range(len(prompts) * copies)]
+    # Prompts of similar length are read together, so that little padding is.
+    queue = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    places = max(settings.batch_size, copies)
+    decoder = decoder_for(lm, min(places, len(results)), settings.max_new_tokens)
+    rows = _Rows(settings)
+    logits_BV: Tensor | None = None
+    while queue or rows.alive:
+        if queue and decoder.can_admit and _worth_joining(places - len(rows), copies, places):
+            chosen = [queue.popleft() for _ in range(min(len(queue), (places - len(rows)) // copies))]
+            new_BV = decoder.admit([prompts[i] for i in chosen], copies)
+            logits_BV = new_BV if logits_BV is None else torch.cat((logits_BV, new_BV))
+            rows.join(results[i * copies + k] for i in chosen for k in range(copies))
+        assert logits_BV is not None, "there are rows, or a decoder without rows admits some"
+        tokens_B, logprobs_B = sample_tokens(logits_BV, settings.temperature, generator)
+        on_tokens(rows.record(tokens_B, logprobs_B))
+        if (len(rows) - rows.alive) * _LEAVE_SHARE >= len(rows):
+            kept = torch.tensor(rows.leave(), dtype=torch.long, device=tokens_B.device)
+            decoder.keep(kept)
+            tokens_B = tokens_B[kept]
+        logits_BV = decoder.step(tokens_B) if len(rows) else None
     return results
 
 
-def _generate_batch(
-    lm: Any,
-    prompts: Sequence[Sequence[int]],
-    rows: list[Completion],
-    settings: GenerationSettings,
-    generator: torch.Generator,
-    on_tokens: Callable[[int], None],
-) -> None:
-    """Fill `rows` (prompt-major) token by token until all have ended or the budget is spent."""
-    decoder = decoder_for(lm)
-    logits_BV = decoder.prefill(prompts, len(rows) // len(prompts), settings.max_new_tokens)
-    eos = torch.tensor(settings.eos_ids, device=logits_BV.device)
-    done_B = torch.zeros(len(rows), dtype=torch.bool, device=logits_BV.device)
-    for step in range(settings.max_new_tokens):
-        tokens_B, logprobs_B = sample_tokens(logits_BV, settings.temperature, generator)
-        finished_B = torch.isin(tokens_B, eos) & ~done_B
-        _record(rows, tokens_B, logprobs_B, finished_B, done_B)
-        on_tokens(len(rows) - int(done_B.sum()))
-        done_B |= finished_B
-        done = int(done_B.sum())
-        if done == len(rows) or step + 1 == settings.max_new_tokens:
-            return
-        if done * _COMPACT_SHARE >= len(rows):
-            alive = (~done_B).nonzero().squeeze(1)
-            rows = [rows[i] for i in alive.tolist()]
-            decoder.keep(alive)
-            tokens_B, done_B = tokens_B[alive], done_B[alive]
-        logits_BV = decoder.step(tokens_B)
+def _worth_joining(free: int, copies: int, places: int) -> bool:
+    return free == places or free >= max(copies, places // _JOIN_SHARE)
 
 
-def _record(rows: list[Completion], tokens_B: Tensor, logprobs_B: Tensor, finished_B: Tensor, done_B: Tensor) -> None:
-    """Append to every row that has not ended before this token."""
-    columns = zip(tokens_B.tolist(), logprobs_B.tolist(), finished_B.tolist(), done_B.tolist(), strict=True)
-    for row, (token, logprob, finished, done) in zip(rows, columns, strict=True):
-        if done:
-            continue
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
-        if finished:
-            row.stop = StopReason.EOS
+class _Rows:
+    """The answers that are being written, in the decoder's order."""
+
+    def __init__(self, settings: GenerationSettings) -> None:
+        self._settings = settings
+        self._eos = frozenset(settings.eos_ids)
+        self._rows: list[Completion] = []
+        self._ended: list[bool] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def alive(self) -> int:
+        """Rows that have not ended."""
+        return len(self._rows) - sum(self._ended)
+
+    def join(self, rows: Iterable[Completion]) -> None:
+        """Rows behind the others."""
+        self._rows.extend(rows)
+        self._ended.extend([False] * (len(self._rows) - len(self._ended)))
+
+    def record(self, tokens_B: Tensor, logprobs_B: Tensor) -> int:
+        """Append to every row that has not ended; how many those were."""
+        count = self.alive
+        columns = zip(self._rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
+        for i, (row, token, logprob) in enumerate(columns):
+            if self._ended[i]:
+                continue
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            if token in self._eos:
+                row.stop = StopReason.EOS
+            self._ended[i] = row.stop is not StopReason.LENGTH or len(row.tokens) == self._settings.max_new_tokens
+        return count
+
+    def leave(self) -> list[int]:
+        """Drop rows that have ended; the last ones take their places. The old indices of those that stay."""
+        alive = [i for i, ended in enumerate(self._ended) if not ended]
+        movers = iter(reversed(alive))
+        kept = [next(movers) if ended else i for i, ended in enumerate(self._ended[: len(alive)])]
+        self._rows, self._ended = [self._rows[i] for i in kept], [False] * len(kept)
+        return kept

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from rlhf.models.load import load_causal_lm
-from rlhf.rollout.decode import LlamaDecoder, TransformersDecoder, decoder_for, has_llama_shape
+from rlhf.rollout.decode import TransformersDecoder, decoder_for, has_llama_shape
+from rlhf.rollout.llama import LlamaDecoder
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 60,
@@ -68,8 +69,8 @@ def test_logits_are_those_of_transformers(name: str, copies: int) -> None:
     """Ragged prompts, several steps, rows that leave in the middle."""
     lm = model(LLAMAS[name])
     assert has_llama_shape(lm)
-    decoders = [TransformersDecoder(lm), LlamaDecoder(lm)]
-    logits = [decoder.prefill(PROMPTS, copies, budget=8) for decoder in decoders]
+    decoders = [TransformersDecoder(lm), LlamaDecoder(lm, 8, 8)]
+    logits = [decoder.admit(PROMPTS, copies) for decoder in decoders]
     torch.testing.assert_close(logits[1], logits[0])
     generator = torch.Generator().manual_seed(1)
     rows = len(PROMPTS) * copies
@@ -85,14 +86,44 @@ def test_logits_are_those_of_transformers(name: str, copies: int) -> None:
 
 
 @torch.no_grad()
+def test_rows_that_join_and_leave_see_their_own_tokens_only() -> None:
+    """Every row's logits are those of its own sequence read anew, through joins, leaves, moves and wider caches."""
+    lm, budget = model(LLAMAS["llama"]), 6
+    decoder = LlamaDecoder(lm, 2, budget)
+    generator = torch.Generator().manual_seed(2)
+    queue = [torch.randint(0, 60, (n,), generator=generator).tolist() for n in (3, 3, 1, 4, 6, 2, 5, 12, 3, 30)]
+    rows: list[list[int]] = []
+    began: list[int] = []
+    last = torch.zeros(0, 60)
+    for turn in range(60):
+        if turn % 2 == 0 and queue:
+            new = [queue.pop() if turn % 4 else queue.pop(0)]
+            last = torch.cat((last, decoder.admit(new, 1)))
+            rows, began = rows + new, [*began, len(new[0])]
+        if not rows:
+            break
+        for row, logits_V in zip(rows, last, strict=True):
+            torch.testing.assert_close(logits_V, lm(torch.tensor([row])).logits[0, -1], atol=1e-4, rtol=1e-4)
+        tokens_B = torch.randint(0, 60, (len(rows),), generator=generator)
+        rows = [[*row, int(token)] for row, token in zip(rows, tokens_B, strict=True)]
+        # Row i stays at most until its budget, every third one shorter; the last rows take the places of the first.
+        alive = [i for i, row in enumerate(rows) if len(row) - began[i] < budget - 3 * (began[i] % 3 == 0)][::-1]
+        decoder.keep(torch.tensor(alive, dtype=torch.long))
+        rows, began, tokens_B = [rows[i] for i in alive], [began[i] for i in alive], tokens_B[alive]
+        last = decoder.step(tokens_B) if rows else torch.zeros(0, 60)
+    assert not rows
+    assert not queue
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", [TransformersDecoder, LlamaDecoder])
 def test_the_head_reads_rows_that_lie_side_by_side(kind: Any) -> None:
     """Of a strided [B, 1, H] torch makes a batched product, with the head's weight copied for every row."""
     lm = model(LLAMAS["llama"])
     seen: list[bool] = []
     lm.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].is_contiguous()))
-    decoder = kind(lm)
-    decoder.prefill(PROMPTS, 1, budget=2)
+    decoder = kind(lm) if kind is TransformersDecoder else kind(lm, 3, 2)
+    decoder.admit(PROMPTS, 1)
     decoder.step(torch.tensor([1, 2, 3]))
     assert seen == [True, True]
 
@@ -106,12 +137,12 @@ def test_the_head_reads_rows_that_lie_side_by_side(kind: Any) -> None:
     ids=["sliding window", "gpt2"],
 )
 def test_other_shapes_decode_through_transformers(config: Any) -> None:
-    assert isinstance(decoder_for(model(config)), TransformersDecoder)
+    assert isinstance(decoder_for(model(config), 8, 8), TransformersDecoder)
 
 
 def test_the_tiny_model_decodes_lean_in_both_precisions(tiny: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        assert isinstance(decoder_for(load_causal_lm(tiny.path, dtype=dtype)), LlamaDecoder)
+        assert isinstance(decoder_for(load_causal_lm(tiny.path, dtype=dtype), 8, 8), LlamaDecoder)
 
 
 @pytest.mark.model
@@ -119,4 +150,4 @@ def test_the_tiny_model_decodes_lean_in_both_precisions(tiny: Any) -> None:
 def test_the_packaged_model_decodes_lean_in_bf16() -> None:
     lm = load_causal_lm("smollm2-135m", dtype=torch.bfloat16)
     assert AutoConfig.from_pretrained(lm.config._name_or_path).model_type == "llama"
-    assert isinstance(decoder_for(lm), LlamaDecoder)
+    assert isinstance(decoder_for(lm, 8, 8), LlamaDecoder)

@@ -10,6 +10,8 @@ from scipy.stats import chisquare
 
 from rlhf.models.load import load_causal_lm
 from rlhf.models.policy import Policy
+from rlhf.rollout import decode
+from rlhf.rollout import generate as generate_module
 from rlhf.rollout.buffer import pad_right
 from rlhf.rollout.generate import Completion, GenerationSettings, draw, generate
 from rlhf.types import StopReason
@@ -172,3 +174,47 @@ def test_on_tokens_counts_every_new_token(lm: Any) -> None:
         on_tokens=seen.append,
     )
     assert sum(seen) == sum(len(c.tokens) for c in drawn)
+
+
+@pytest.mark.parametrize("kind", ["lean", "transformers"])
+def test_places_are_filled_again_while_others_decode(lm: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many prompts through a few places: logprobs of each row's own context, whoever stood in its place before."""
+    if kind == "transformers":
+        monkeypatch.setattr(decode, "has_llama_shape", lambda lm: False)
+    joined: list[int] = []
+    monkeypatch.setattr(generate_module._Rows, "join", spied(generate_module._Rows.join, joined))
+    prompts = [[2, 5 + i, 9, *range(10, 10 + i % 5)] for i in range(14)]
+    drawn = sample(lm, prompts, copies=2, batch_size=6, max_new_tokens=20)
+    assert len({len(c.tokens) for c in drawn}) > 4, "answers of different length, or no place is free early"
+    # all 28 rows stand in at most 6 places; the lean decoder fills them while others decode
+    assert max(joined) <= 6
+    assert (len(joined) > 5) == (kind == "lean")
+    for i, c in enumerate(drawn):
+        prompt = prompts[i // 2]
+        with torch.no_grad():
+            logprobs_TV = lm(torch.tensor([[*prompt, *c.tokens]])).logits[0].log_softmax(-1)
+        exact = [float(logprobs_TV[len(prompt) + j - 1, token]) for j, token in enumerate(c.tokens)]
+        assert c.logprobs == pytest.approx(exact, abs=1e-4)
+        assert len(c.tokens) == 20 or c.stop is StopReason.EOS
+
+
+def spied(join: Any, counts: list[int]) -> Any:
+    """`join` that notes how many rows came."""
+
+    def noting(self: Any, rows: Any) -> None:
+        before = len(self)
+        join(self, rows)
+        counts.append(len(self) - before)
+
+    return noting
+
+
+def test_rows_that_leave_are_replaced_by_the_last_ones(lm: Any) -> None:
+    rows = generate_module._Rows(GenerationSettings((3,), 9))
+    answers = [Completion() for _ in range(6)]
+    rows.join(answers)
+    assert rows.record(torch.tensor([3, 7, 3, 7, 3, 7]), torch.zeros(6)) == 6
+    assert (rows.alive, len(rows)) == (3, 6)
+    assert rows.leave() == [5, 1, 3]
+    assert rows.record(torch.tensor([8, 9, 10]), torch.zeros(3)) == 3
+    assert [a.tokens for a in answers] == [[3], [7, 9], [3], [7, 10], [3], [7, 8]]

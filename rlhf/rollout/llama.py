@@ -1,0 +1,186 @@
+"""Decoding with models of Llama's shape: a cache of fixed places, a few fused operations per layer.
+
+Every row has a place in the cache. Its tokens stand there from column 0 on, so a row that joins disturbs no other,
+and one that leaves frees its place. Columns that a row has not reached yet are hidden by its bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.rollout.buffer import pad_right
+from rlhf.rollout.products import product
+
+_GROWTH = 1.25
+"""Wider caches are at least this much wider: prompts come shortest first, and every widening copies the cache."""
+
+
+class LlamaDecoder:
+    """See `rlhf.rollout.decode.Decoder`.
+
+    The shape: pre-norm layers of rotary, grouped attention and an MLP, then a norm and the head. The cache of a layer
+    is [places, columns, 2 x key heads, D], keys in the first half. Weights are packed when the decoder is made.
+    """
+
+    can_admit = True
+
+    def __init__(self, lm: Any, places: int, budget: int) -> None:
+        self._backbone = getattr(lm, lm.base_model_prefix)
+        self._head = product(lm.get_output_embeddings())
+        self._layers = [_Layer(layer) for layer in self._backbone.layers]
+        self._places, self._budget, self._like = places, budget, self._backbone.embed_tokens.weight
+        self._caches: list[Tensor] = []
+        self._bias_BT = self._like.new_empty(0, 0)
+        self._positions_B = torch.zeros(0, dtype=torch.long, device=self._like.device)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are decoded."""
+        return len(self._positions_B)
+
+    def admit(self, prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
+        """See `Decoder`."""
+        device = self._like.device
+        tokens_PT = pad_right(prompts, 0, torch.long).to(device)
+        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        begin, end = self.rows, self.rows + len(prompts) * copies
+        longest = tokens_PT.shape[1]
+        self._reserve(end, longest + self._budget)
+
+        def attend(i: int, q_NHD: Tensor, kv_NHD: Tensor) -> Tensor:
+            kv_PTHD = kv_NHD.unflatten(0, tokens_PT.shape)
+            self._caches[i][begin:end, :longest] = kv_PTHD.repeat_interleave(copies, 0)
+            keys, values = kv_PTHD.transpose(1, 2).chunk(2, 1)
+            # Padding stands behind the prompt, where causal attention does not look.
+            attended_PHTD = torch.nn.functional.scaled_dot_product_attention(
+                q_NHD.unflatten(0, tokens_PT.shape).transpose(1, 2),
+                keys,
+                values,
+                is_causal=True,
+                scale=self._layers[i].scale,
+                enable_gqa=True,
+            )
+            return attended_PHTD.transpose(1, 2).flatten(2).flatten(0, 1)
+
+        positions_PT = torch.arange(longest, device=device).expand(tokens_PT.shape)
+        x_NH = self._run(tokens_PT, positions_PT, attend)
+        last_PH = x_NH[torch.arange(len(prompts), device=device) * longest + lengths_P - 1]
+        lengths_B = lengths_P.repeat_interleave(copies)
+        hidden_BT = torch.arange(self._bias_BT.shape[1], device=device) >= lengths_B[:, None]
+        self._bias_BT[begin:end] = torch.zeros_like(self._bias_BT[begin:end]).masked_fill_(hidden_BT, -torch.inf)
+        self._positions_B = torch.cat((self._positions_B, lengths_B))
+        self._end = int(self._positions_B.max())
+        return self._head(self._backbone.norm(last_PH)).repeat_interleave(copies, 0)
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """See `Decoder`."""
+        rows, (_, width) = self.rows, self._bias_BT.shape
+        # A row that ended at the last column may still be here; where it writes then does not matter.
+        columns_B = self._positions_B.clamp(max=width - 1)
+        self._end = min(self._end + 1, width)
+        flat_B = torch.arange(rows, device=columns_B.device) * width + columns_B
+        self._bias_BT.view(-1)[flat_B] = 0
+        bias_B11T = self._bias_BT[:rows, None, None, : self._end]
+
+        def attend(i: int, q_NHD: Tensor, kv_NHD: Tensor) -> Tensor:
+            cache = self._caches[i]
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, flat_B, kv_NHD)
+            keys, values = cache[:rows, : self._end].transpose(1, 2).chunk(2, 1)
+            # The heads that share a key are rows of one product.
+            return torch.nn.functional.scaled_dot_product_attention(
+                q_NHD.unflatten(1, (keys.shape[1], -1)), keys, values, attn_mask=bias_B11T, scale=self._layers[i].scale
+            ).flatten(1)
+
+        x_BH = self._run(tokens_B[:, None], columns_B[:, None], attend)
+        self._positions_B = self._positions_B + 1
+        return self._head(self._backbone.norm(x_BH))
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Decoder`."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        self._positions_B = self._positions_B[rows]
+        if not len(rows):
+            return
+        self._end = int(self._positions_B.max())
+        if len(moved):
+            sources = rows[moved]
+            for cache in self._caches:
+                cache[moved, : self._end] = cache[sources, : self._end]
+            self._bias_BT[moved] = self._bias_BT[sources]
+
+    def _run(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
+        """All layers on N = B x T tokens: [N, H]. `attend(i, queries [N, heads, D], keys and values [N, 2K, D])`."""
+        x_BTH = self._backbone.embed_tokens(tokens_BT)
+        cos, sin = self._backbone.rotary_emb(x_BTH, positions_BT)
+        first, second = sin.chunk(2, -1)
+        cos_N1D, sin_N1D = cos.flatten(0, 1)[:, None], torch.cat((-first, second), -1).flatten(0, 1)[:, None]
+        x_NH = x_BTH.flatten(0, 1)
+        for i, layer in enumerate(self._layers):
+            x_NH = layer.mlp(layer.attention(x_NH, cos_N1D, sin_N1D, lambda q, kv, i=i: attend(i, q, kv)))
+        return x_NH
+
+    def _reserve(self, rows: int, width: int) -> None:
+        """At least this many places and columns; what is in use stays."""
+        old_rows, old_width = self._bias_BT.shape
+        if rows <= old_rows and width <= old_width:
+            return
+        rows = max(rows, old_rows, self._places)
+        width = old_width if width <= old_width else max(width, int(old_width * _GROWTH))
+        old, self._bias_BT = self._bias_BT, self._like.new_full((rows, width), -torch.inf)
+        self._bias_BT[: self.rows, :old_width] = old[: self.rows]
+        for i, layer in enumerate(self._layers):
+            # zeros, not whatever was there: a hidden column has weight 0, and 0 times NaN is NaN
+            new = self._like.new_zeros(rows, width, 2 * layer.key_heads, layer.head_dim)
+            if i < len(self._caches):
+                new[: self.rows, :old_width] = self._caches[i][: self.rows]
+                self._caches[i] = new
+            else:
+                self._caches.append(new)
+
+
+class _Layer:
+    """One layer's operations, on N tokens."""
+
+    def __init__(self, layer: Any) -> None:
+        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_dim, self.scale = attention.head_dim, attention.scaling
+        self.key_heads = attention.k_proj.out_features // self.head_dim
+        self._heads = attention.q_proj.out_features // self.head_dim
+        self._head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+        self._qkv = product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = product(attention.o_proj)
+        self._experts = None if hasattr(mlp, "gate_proj") else mlp
+        if self._experts is None:
+            self._gate, self._up = product(mlp.gate_proj, activation=mlp.act_fn), product(mlp.up_proj)
+            self._down = product(mlp.down_proj)
+
+    def attention(
+        self, x_NH: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, attend: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """`x` and the attention's output, added up."""
+        qkv_NHD = self._qkv(self._norms[0](x_NH)).unflatten(1, (-1, self.head_dim))
+        q_NHD, rest = qkv_NHD.split((self._heads, 2 * self.key_heads), 1)
+        if self._head_norms:
+            keys = rest[:, : self.key_heads]
+            q_NHD.copy_(self._head_norms[0](q_NHD))
+            keys.copy_(self._head_norms[1](keys))
+        _rotate(qkv_NHD[:, : self._heads + self.key_heads], cos_N1D, sin_N1D)
+        return self._out.plus(attend(q_NHD, rest), x_NH)
+
+    def mlp(self, x_NH: Tensor) -> Tensor:
+        """`x` and the MLP's output, added up."""
+        normed_NH = self._norms[1](x_NH)
+        if self._experts is not None:
+            return self._experts(normed_NH[:, None])[:, 0] + x_NH
+        return self._down.plus(self._up.times(normed_NH, self._gate(normed_NH)), x_NH)
+
+
+def _rotate(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> None:
+    """Rotary embedding with halves rotated, as Llama's (arXiv:2104.09864), in place; `sin`'s first half is negated."""
+    swapped_NHD = x_NHD.unflatten(2, (2, -1)).flip(2).flatten(2)
+    x_NHD.mul_(cos_N1D).addcmul_(swapped_NHD, sin_N1D)
