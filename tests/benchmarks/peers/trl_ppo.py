@@ -68,6 +68,7 @@ def build_trainer(args: argparse.Namespace) -> Any:
         num_mini_batches=1,
         num_ppo_epochs=args.epochs,
         response_length=args.budget,
+        temperature=1.0,  # its default, 0.7, gives other answers, of another length
         total_episodes=args.batch * (args.updates + 1),
         local_rollout_forward_batch_size=args.batch,
         learning_rate=1e-6,
