@@ -50,14 +50,22 @@ ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML fi
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="override single keys")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check what is on this disk, print what would run, and end")]
 Resume = Annotated[str, typer.Option(help="ppo, pipeline: auto goes on from the newest checkpoint, never starts anew")]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="ppo: a trace of the second step, and what each phase reached")
+]
 
 
 def _command(stage: str) -> None:
     @app.command(stage, help=HELP[stage])
     def command(
-        config_name: ConfigArgument, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = "auto"
+        config_name: ConfigArgument,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        resume: Resume = "auto",
+        profile: Profile = False,
     ) -> None:
-        _shielded(lambda: run_stage(stage, config_name, overrides or [], dry_run=dry_run, resume=resume))
+        options = runs.RunOptions(resume=resume, profile=profile)
+        _shielded(lambda: run_stage(stage, config_name, overrides or [], options, dry_run=dry_run))
 
 
 for _stage in MODULES:
@@ -84,12 +92,14 @@ def doctor() -> None:
     _shielded(report)
 
 
-def run_stage(stage: str, config_name: str, overrides: list[str], *, dry_run: bool, resume: str) -> None:
+def run_stage(stage: str, config_name: str, overrides: list[str], options: runs.RunOptions, *, dry_run: bool) -> None:
     """Load the configuration, run one stage, write its result.json."""
     from rlhf.errors import ConfigError
 
-    if resume not in ("auto", "never"):
-        raise ConfigError(f"--resume {resume!r} is not known", fix="use auto or never")
+    if options.resume not in ("auto", "never"):
+        raise ConfigError(f"--resume {options.resume!r} is not known", fix="use auto or never")
+    if options.profile and stage != "ppo":
+        raise ConfigError(f"--profile is not known to {stage}", fix="profile the stage ppo: rlhf ppo CONFIG --profile")
     cfg = config.load(config_name, stage, overrides)
     if dry_run or stage == "pipeline":
         from rlhf.dry_run import describe
@@ -99,7 +109,6 @@ def run_stage(stage: str, config_name: str, overrides: list[str], *, dry_run: bo
     if dry_run:
         return
     module = importlib.import_module(MODULES[stage])
-    options = runs.RunOptions(resume=resume)
     if stage == "pipeline":
         module.main(cfg, options)
         return

@@ -40,9 +40,11 @@ class RunOptions:
     """How a stage is run, as opposed to what it does.
 
     `resume`: "auto" goes on from the newest verified checkpoint of this run folder, "never" starts anew.
+    `profile` (PPO): a trace of one step, and the share of the machine that each phase reached.
     """
 
     resume: str = "auto"
+    profile: bool = False
 
 
 def environment() -> dict[str, Any]:

@@ -124,6 +124,19 @@ class Runtime:
         """Whether parameters or optimizer state may be sharded."""
         return getattr(self._accelerator.state, "deepspeed_plugin", None) is not None
 
+    # --- the device ------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was told, so that a clock read now counts it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_device_memory_gb(self) -> float | None:
+        """Most memory that tensors took on the GPU so far, in 1e9 bytes; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
+
     # --- talking to the other ranks -------------------------------------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:

@@ -108,6 +108,11 @@ def test_an_unknown_resume_mode_is_refused(invoke: Any, block: Any, tmp_path: Pa
     refused(invoke("ppo", block("ppo"), "--resume", "often"), tmp_path / "run", "'often'", "auto or never")
 
 
+@pytest.mark.parametrize("stage", ["sft", "pipeline"])
+def test_only_ppo_is_profiled(invoke: Any, block: Any, tmp_path: Path, stage: str) -> None:
+    refused(invoke(stage, block(stage), "--profile"), tmp_path / "run", stage, "rlhf ppo CONFIG --profile")
+
+
 @pytest.mark.parametrize(
     "kl",
     [
@@ -325,7 +330,9 @@ def test_help_names_every_stage() -> None:
 def test_help_of_a_stage(stage: str) -> None:
     result = CliRunner().invoke(app, [stage, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    assert all(part in result.output for part in ("CONFIG", "a.b=c", "--dry-run", "--resume", HELP[stage][:20]))
+    assert all(
+        part in result.output for part in ("CONFIG", "a.b=c", "--dry-run", "--resume", "--profile", HELP[stage][:20])
+    )
 
 
 def test_the_doctor_ends_well() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf.checkpoint import Checkpoints, flatten_optimizer, unflatten_optimizer
 from rlhf.config_schema import PPOStage
 from rlhf.errors import CheckpointError
@@ -16,6 +18,8 @@ from rlhf.models.roles import Roles
 from rlhf.models.tuning import load_trainable, trainable_tensors
 from rlhf.progress import Progress
 from rlhf.rollout.buffer import RolloutBuffer
+from rlhf.rollout.profile import StepProfile, StepRecord, table
+from rlhf.rollout.work import StepWork, row_lengths
 from rlhf.runs import RunOptions, digests, learned_fingerprint, named_data, named_models
 from rlhf.runtime import Runtime
 from rlhf.tracking import Tracker
@@ -25,7 +29,16 @@ from rlhf.types import KLController, Rollout, RolloutBatch, RunResult
 class PPORun:
     """Steps, progress, tracking and checkpoints of one run; made by `PPORun.open`."""
 
-    def __init__(self, cfg: PPOStage, runtime: Runtime, progress: Progress, tracker: Tracker, saver: Saver) -> None:
+    def __init__(
+        self,
+        cfg: PPOStage,
+        runtime: Runtime,
+        progress: Progress,
+        tracker: Tracker,
+        saver: Saver,
+        *,
+        profiled: bool = False,
+    ) -> None:
         self.cfg = cfg
         self.progress = progress
         self.first_step = saver.first_step
@@ -34,6 +47,12 @@ class PPORun:
         self._saver = saver
         self._seconds: dict[str, float] = {}
         self._last: dict[str, float] = {}
+        self._work = StepWork.of(cfg)
+        self._profile: StepProfile | None = None
+        if profiled:
+            traced = min(self.first_step + 1, cfg.steps - 1)  # the first one warms up
+            shape = self._work.policy if self._work else None
+            self._profile = StepProfile(Path(cfg.run_dir), runtime, traced, cfg.micro_batch_size, shape)
 
     @classmethod
     @contextlib.contextmanager
@@ -71,14 +90,15 @@ class PPORun:
                 resume_step=saver.first_step or None,
                 say=progress.say,
             ) as tracker:
-                yield cls(cfg, runtime, progress, tracker, saver)
+                yield cls(cfg, runtime, progress, tracker, saver, profiled=options.profile)
 
     def steps(self) -> Iterator[int]:
         """0-based steps that are still to be done."""
         outer = self.progress.phase("steps", total=self.cfg.steps, outer=True, done=self.first_step)
         for step in range(self.first_step, self.cfg.steps):
             self._seconds, self._began = {}, time.perf_counter()
-            yield step
+            with self._profile.step(step) if self._profile else contextlib.nullcontext():
+                yield step
             outer.advance(1, reward=self._last["objective/scores"], kl=self._last["objective/kl"])
 
     @contextlib.contextmanager
@@ -86,21 +106,24 @@ class PPORun:
         """Time and show one part of a step."""
         began = time.perf_counter()
         total = self.cfg.batch_size * self.cfg.sampling.max_new_tokens if name == "generate" else None
-        with self.progress.phase(name, total=total, unit="tokens"):
+        with self.progress.phase(name, total=total, unit="tokens"), torch.profiler.record_function(name):
             yield
+            self._runtime.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
     def log(self, step: int, metrics: dict[str, float], batch: RolloutBatch, rollouts: Sequence[Rollout]) -> None:
-        """Metrics with `time/*` (seconds) and sampled tokens of all ranks per second; a few samples; the archive."""
+        """Metrics with `time/*` (seconds) and, of all ranks per second, sampled tokens and model FLOPs; a few
+        samples; the archive."""
         total = time.perf_counter() - self._began
-        tokens = float(self._runtime.sum(batch.action_mask_BT.sum().double()))
+        record = self._record(step, total, batch, epochs=metrics["train/updates"] / self.cfg.minibatches)
         timing = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         episode = (step + 1) * self.cfg.batch_size * self._runtime.world_size
         self._last = {
             **metrics,
             **timing,
             "time/step": total,
-            "perf/tokens_per_s": tokens / total,
+            "perf/tokens_per_s": record.action_tokens / total,
+            **({"perf/flops": sum(record.flops.values()) / total} if record.flops else {}),
             "episode": float(episode),
         }
         self._tracker.log(step + 1, self._last)
@@ -115,14 +138,36 @@ class PPORun:
                 path = Path(self.cfg.run_dir) / "rollouts" / f"step_{step + 1:06d}.parquet"
                 RolloutBuffer(archived).to_parquet(path)
 
+    def _record(self, step: int, total: float, batch: RolloutBatch, *, epochs: float) -> StepRecord:
+        """Times of this rank, counts of all."""
+        rows = row_lengths(batch)
+        flops = self._work.flops(rows, epochs=epochs) if self._work else {}
+        tokens = [sum(p + s for p, s in rows), sum(s for _, s in rows)]
+        counts = torch.tensor([len(rows), *tokens, *flops.values()], dtype=torch.float64)
+        summed = self._runtime.sum(counts).tolist()
+        record = StepRecord(
+            step,
+            dict(self._seconds),
+            total,
+            rows=int(summed[0]),
+            read_tokens=summed[1],
+            action_tokens=summed[2],
+            flops=dict(zip(flops, summed[3:], strict=True)),
+        )
+        if self._profile:
+            self._profile.records.append(record)
+        return record
+
     def save_if_due(self, step: int) -> None:
         """A checkpoint every `save_every` steps; the last step needs none, `finish` writes the models."""
         if self.cfg.save_every and (step + 1) % self.cfg.save_every == 0 and step + 1 < self.cfg.steps:
             self._saver.save(step + 1)
 
     def finish(self, roles: Roles) -> RunResult:
-        """Write `final/` and `critic/`; the summary is the last step's metrics."""
+        """Write `final/` and `critic/`, and the profile if there is one; the summary is the last step's metrics."""
         folder = Path(self.cfg.run_dir)
+        if self._profile and self._profile.records and self._runtime.is_main:
+            self.progress.console.print(table(self._profile.report()))
         self.progress.say(f"writing {folder / 'final'}")
         if self._runtime.is_main:
             roles.export(folder, self._runtime.dtype)

@@ -41,6 +41,7 @@ METRICS = {
     "time/update",
     "time/step",
     "perf/tokens_per_s",
+    "perf/flops",
     "episode",
     "lr",
 }

@@ -1,0 +1,65 @@
+"""The work of one PPO step: against a count that adds up every forward by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.functional.flops import Load, causal_load, forward_flops
+from rlhf.models.shape import shape_from_config
+from rlhf.rollout.work import StepWork, row_lengths
+from rlhf.types import RolloutBatch
+
+ROWS = [(5, 3), (2, 7)]
+SCORER = {"reward_model": None, "scorer": "readability", "critic_init": "policy"}
+
+
+def passes(tiny: Any) -> tuple[float, float]:
+    """(policy, scalar model): FLOPs of one forward over ROWS, heads included."""
+    lm, scalar = shape_from_config(tiny.path), shape_from_config(tiny.reward, scalar=True)
+    load = causal_load([8, 9])
+    return forward_flops(lm, load, head_positions=10), forward_flops(scalar, load, head_positions=17)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_full_fine_tuning_is_three_forwards_per_model_and_epoch(stage_config: Any, tiny: Any, epochs: int) -> None:
+    lm, scalar = passes(tiny)
+    work = StepWork.of(stage_config("ppo"))
+    assert work is not None
+    flops = work.flops(ROWS, epochs=epochs)
+    assert flops["score"] == 2 * lm + 2 * scalar
+    assert flops["update"] == 3 * epochs * (lm + scalar)
+
+
+def test_sampling_is_one_forward_without_the_last_tokens(stage_config: Any, tiny: Any) -> None:
+    work = StepWork.of(stage_config("ppo"))
+    assert work is not None
+    lm, _ = passes(tiny)
+    last = Load(tokens=2, pairs=8 + 9)
+    assert work.flops(ROWS, epochs=1)["generate"] == lm - forward_flops(work.policy, last, head_positions=0)
+
+
+def test_a_programmatic_scorer_is_no_forward(stage_config: Any, tiny: Any) -> None:
+    lm, scalar = passes(tiny)
+    work = StepWork.of(stage_config("ppo", **SCORER))
+    assert work is not None
+    assert work.flops(ROWS, epochs=1)["score"] == 2 * lm + scalar
+
+
+def test_adapters_make_no_gradient_of_the_weights(stage_config: Any, tiny: Any) -> None:
+    full, lora = StepWork.of(stage_config("ppo")), StepWork.of(stage_config("ppo", tuning={"kind": "lora"}))
+    assert full is not None
+    assert lora is not None
+    shape = full.policy
+    saved = 2 * 2 * (shape.layers * shape.layer_weights * 17) + 2 * shape.head_weights * 10
+    assert full.flops(ROWS, epochs=1)["update"] - lora.flops(ROWS, epochs=1)["update"] == saved
+
+
+def test_padding_is_no_row_length() -> None:
+    attention = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
+    actions = torch.tensor([[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]).bool()
+    nothing = torch.zeros(2)
+    batch = RolloutBatch(attention.long(), attention, actions, nothing, nothing.bool(), attention.float())
+    assert row_lengths(batch) == [(3, 1), (1, 1)]
