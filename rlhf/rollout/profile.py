@@ -65,6 +65,7 @@ class StepProfile:
         if step != self.traced_step or not self.runtime.is_main:
             yield
             return
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its own notes stand between ours
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.runtime.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -164,7 +165,9 @@ def product_seconds(
     m: int, k: int, n: int, device: torch.device, dtype: torch.dtype, *, repeats: int = 5, least_s: float = 0.02
 ) -> float:
     """Median seconds of `[m, k] @ [k, n]`; each of the `repeats` measures as many products as fill `least_s`."""
-    a, b = torch.ones(m, k, device=device, dtype=dtype), torch.ones(n, k, device=device, dtype=dtype)
+    # Random, for a GPU multiplies zeros and ones faster than numbers.
+    draw = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(rows, k, generator=draw, device=device, dtype=dtype) for rows in (m, n))
     linear = torch.nn.functional.linear
 
     def timed(count: int) -> float:
