@@ -11,7 +11,7 @@ help:
 	@echo "make demo       the whole pipeline on a 135M model, on the CPU: runs/plain_language/report.html"
 	@echo "make test       the tests (not the slow ones);  make test-slow  the slow ones"
 	@echo "make lint       ruff and pyright;               make format     ruff format"
-	@echo "make bench      side by side with TRL and transformers; or bench-ppo, bench-generate, bench-reward"
+	@echo "make bench      side by side with TRL and transformers: bench-generate, -reward, -sft, -ppo, -memory, -flops"
 	@echo "make wheel-check  the wheel in a clean environment: rlhf doctor and a dry run"
 
 # torch first and pinned: an unpinned one would bring gigabytes of CUDA libraries along.
@@ -54,10 +54,11 @@ wheel-check: $(STAMP)
 	cd build/wheel && venv/bin/rlhf doctor && venv/bin/rlhf pipeline plain_language --dry-run
 
 # Side by side with TRL and transformers; see tests/benchmarks/README.md.
-bench: bench-generate bench-reward bench-ppo
+# One of them with options: make bench-ppo ARGS="--prompts ragged --epochs 4"
+bench: bench-generate bench-reward bench-sft bench-ppo bench-memory bench-flops
 
 bench-%: $(STAMP)
-	$(BIN)/python tests/benchmarks/bench_$*.py
+	$(BIN)/python tests/benchmarks/bench_$*.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -12,8 +12,8 @@ import json
 import time
 
 import torch
-from bench_ppo import prepare
 from harness import Report, alternate, median, row, save
+from sides import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.rollout.generate import GenerationSettings, generate

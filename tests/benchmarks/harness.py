@@ -84,7 +84,7 @@ def _cpu_name() -> str:
 
 
 def save(name: str, setting: Report, rows: Sequence[Report]) -> None:
-    """Write `results/<name>.json` and make the table of README.md anew.
+    """Write `results/<name>.json` and make the tables of README.md anew.
 
     A row has `measure`, `ours`, `peer`, `ratio` (above 1: ours is better) and `unit`.
     """
@@ -94,8 +94,10 @@ def save(name: str, setting: Report, rows: Sequence[Report]) -> None:
     write_table()
 
 
-def row(measure: str, unit: str, ours: float, theirs: float, *, lower_is_better: bool = False) -> Report:
-    """One line of the table."""
+def row(
+    measure: str, unit: str, ours: float, theirs: float, *, lower_is_better: bool = False, group: str = "same"
+) -> Report:
+    """One line of a table; `group` says of which, see `GROUPS`."""
     ratio = theirs / ours if lower_is_better else ours / theirs
     return {
         "measure": measure,
@@ -103,22 +105,31 @@ def row(measure: str, unit: str, ours: float, theirs: float, *, lower_is_better:
         "ours": float(f"{ours:.4g}"),
         "peer": float(f"{theirs:.4g}"),
         "ratio": round(ratio, 2),
+        "group": group,
     }
 
 
 TABLE_BEGIN, TABLE_END = "<!-- results -->", "<!-- end of results -->"
 
 
-def write_table() -> None:
-    """The table of README.md, from all result files."""
-    lines = ["| benchmark | measure | unit | ours | peer | ratio |", "|---|---|---|---|---|---|"]
-    for file in sorted(RESULTS.glob("*.json")):
+GROUPS = {
+    "same": "Same algorithm, same architecture",
+    "other": "Other architecture: fewer weights trained, so the reward curves belong beside these",
+    "machine": "Against this machine: plain products with the policy's layers, what a phase could reach at most",
+}
+
+
+def write_table(readme: Path = HERE / "README.md", results: Path = RESULTS) -> None:
+    """The tables of README.md, one per group, from all result files."""
+    lines: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for file in sorted(results.glob("*.json")):
         record = json.loads(file.read_text())
         for r in record["rows"]:
             numbers = [f"{r[key]:g}" for key in ("ours", "peer", "ratio")]
-            cells = [record["benchmark"], r["measure"], r["unit"], *numbers]
-            lines.append(f"| {' | '.join(cells)} |")
-    readme = HERE / "README.md"
+            cells = [record["benchmark"], r["measure"], r["unit"], *numbers, f"`{record['commit']}`"]
+            lines[r.get("group", "same")].append(f"| {' | '.join(cells)} |")
+    head = "| benchmark | measure | unit | ours | peer | ratio | commit |\n|---|---|---|---|---|---|---|"
+    tables = [f"**{GROUPS[group]}**\n\n{head}\n" + "\n".join(found) for group, found in lines.items() if found]
     text = readme.read_text()
     before, after = text.split(TABLE_BEGIN)[0], text.split(TABLE_END)[1]
-    readme.write_text(f"{before}{TABLE_BEGIN}\n" + "\n".join(lines) + f"\n{TABLE_END}{after}")
+    readme.write_text(f"{before}{TABLE_BEGIN}\n" + "\n\n".join(tables) + f"\n{TABLE_END}{after}")

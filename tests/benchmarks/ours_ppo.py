@@ -17,6 +17,8 @@ from harness import BUILD
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", required=True, help="JSON lines with texts")
+    parser.add_argument("--profile", action="store_true", help="put profile.json into the report")
     for name in ("batch", "micro", "budget", "epochs", "updates"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("overrides", nargs="*", help="further keys of the configuration, a.b=c")
@@ -45,7 +47,7 @@ def configuration(args: argparse.Namespace, run_dir: Path) -> Any:
         "run_dir": str(run_dir),
         "model": args.model,
         "reward_model": reward_model(args.model),
-        "prompts": {"path": str(BUILD / "prompts.text.jsonl")},
+        "prompts": {"path": args.prompts},
         "sampling": {"max_new_tokens": args.budget, "batch_size": args.batch},
         "steps": args.updates + 1,
         "batch_size": args.batch,
@@ -64,13 +66,15 @@ def configuration(args: argparse.Namespace, run_dir: Path) -> Any:
 
 def main() -> None:
     args = arguments()
+    import torch
+
     from rlhf.runs import RunOptions, peak_rss_gb
     from rlhf.stages import ppo
 
     run_dir = BUILD / "ours_ppo"
     shutil.rmtree(run_dir, ignore_errors=True)
     with contextlib.redirect_stdout(sys.stderr):
-        ppo.main(configuration(args, run_dir), RunOptions(resume="never"))
+        ppo.main(configuration(args, run_dir), RunOptions(resume="never", profile=args.profile))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
 
     def mean(key: str) -> float:
@@ -78,10 +82,14 @@ def main() -> None:
 
     report = {
         "samples_per_s": args.batch / mean("time/step"),
+        "tokens_per_s": args.batch * mean("response/length_mean") / mean("time/step"),
         "length_mean": mean("response/length_mean"),
         "seconds": {name: mean(f"time/{name}") for name in ("generate", "score", "update", "step")},
         "peak_rss_gb": peak_rss_gb(),
+        "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
     }
+    if args.profile:
+        report["profile"] = json.loads((run_dir / "profile.json").read_text())
     print(json.dumps(report), flush=True)
 
 

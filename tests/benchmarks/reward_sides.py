@@ -11,8 +11,8 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from bench_ppo import prepare
 from harness import BUILD
+from sides import prepare
 
 PROMPTS, K, MODEL_SEED = 16, 4, 0
 

@@ -105,7 +105,8 @@ def main() -> None:
 
     def counted(*a: Any, **k: Any) -> Any:
         out, logits = generate(*a, **k)
-        clock.tokens += int(((out[:, a[1].shape[1] :] == eos).cumsum(1) <= 1).sum())
+        is_eos = out[:, a[1].shape[1] :] == eos
+        clock.tokens += int((is_eos.cumsum(1) - is_eos.long() == 0).sum())  # up to and including the first EOS
         return out, logits
 
     ppo_trainer.batch_generation = clock.timed("generate", counted)
@@ -126,9 +127,11 @@ def main() -> None:
     report = {
         "version": f"trl {trl.__version__}, torch {torch.__version__}",
         "samples_per_s": episodes / total,
+        "tokens_per_s": clock.tokens / total,
         "length_mean": clock.tokens / episodes,
         "seconds": {name: value / args.updates for name, value in clock.seconds.items()},
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
     }
     print(json.dumps(report), flush=True)
 

@@ -1,0 +1,141 @@
+"""The benchmarks' own arithmetic, table and picture; nothing here is timed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`load("harness")`: a module of tests/benchmarks."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def find(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return find
+
+
+def test_a_ratio_above_one_is_in_our_favour(load: Any) -> None:
+    row = load("harness").row
+    assert row("speed", "samples/s", 6.0, 2.0)["ratio"] == 3.0
+    assert row("memory", "GB", 2.0, 6.0, lower_is_better=True)["ratio"] == 3.0
+
+
+def test_rows_of_another_architecture_stand_in_a_table_of_their_own(load: Any, tmp_path: Path) -> None:
+    harness = load("harness")
+    rows = [
+        harness.row("full", "samples/s", 6, 2),
+        harness.row("lora", "samples/s", 8, 2, group="other"),
+        {k: v for k, v in harness.row("earlier", "samples/s", 5, 2).items() if k != "group"},
+    ]
+    (tmp_path / "ppo.json").write_text(json.dumps({"benchmark": "ppo", "commit": "abc", "rows": rows}))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{harness.TABLE_BEGIN}\nold\n{harness.TABLE_END}\nafter\n")
+    harness.write_table(readme, tmp_path)
+    first, _, second = readme.read_text().partition("Other architecture")
+    assert "before" in first
+    assert "| ppo | full | samples/s | 6 | 2 | 3 | `abc` |" in first
+    assert "earlier" in first
+    assert "lora" not in first
+    assert "| ppo | lora |" in second
+    assert "after" in second
+    assert "old" not in readme.read_text()
+
+
+def test_the_published_table_is_that_of_the_result_files(load: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((FOLDER / "README.md").read_text())
+    load("harness").write_table(copy)
+    assert copy.read_text() == (FOLDER / "README.md").read_text()
+
+
+def test_only_sides_that_the_configuration_knows_exist(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = load("sides")
+    table = {
+        "full": sides.Side("", (), "same"),
+        "lora": sides.Side("", ("tuning.kind=lora",), "other"),
+        "fp32": sides.Side("", ("precision=fp32",), "other"),
+        "wrong value": sides.Side("", ("precision=fp8",), "other"),
+        "wrong key": sides.Side("", ("presicion=fp32",), "other"),
+    }
+    monkeypatch.setattr(sides, "SIDES", table)
+    assert sides.existing(table) == ["full", "lora", "fp32"]
+
+
+def reports(speed: float, **more: float) -> list[dict[str, float]]:
+    return [{"samples_per_s": speed, "tokens_per_s": 10 * speed, "peak_rss_gb": 4.0, **more}]
+
+
+def test_rows_of_ppo_and_memory(load: Any) -> None:
+    args = argparse.Namespace(sides=["separate", "lora"], prompts="equal", epochs=2)
+    found = {"separate": reports(2), "lora": reports(3, peak_rss_gb=1.0), "peer": reports(1)}
+    speed = load("bench_ppo").rows(args, found)
+    assert [(r["unit"], r["ours"], r["ratio"], r["group"]) for r in speed] == [
+        ("samples/s", 2, 2, "same"),
+        ("tokens/s", 20, 2, "same"),
+        ("samples/s", 3, 3, "other"),
+        ("tokens/s", 30, 3, "other"),
+    ]
+    memory = load("bench_memory").rows(args, found)
+    assert [(r["ours"], r["peer"], r["ratio"]) for r in memory] == [(4, 4, 1), (1, 4, 4)]
+
+
+def test_memory_uses_reports_of_the_same_setting_and_commit_alone(load: Any, tmp_path: Path) -> None:
+    memory, sides = load("bench_memory"), load("sides")
+    args = argparse.Namespace(sides=["separate"], prompts="equal", epochs=4, updates=1)
+    assert memory.reusable(args, tmp_path) is None
+    setting = {**sides.setting(args), "updates": 3, "reports": {"separate": reports(2), "peer": reports(1)}}
+    record = {"commit": load("harness").machine()["commit"], "setting": setting}
+    file = tmp_path / "ppo_equal_E4.json"
+    file.write_text(json.dumps(record))
+    assert memory.reusable(args, tmp_path) == setting["reports"]
+    for changed in ({**record, "commit": "other"}, {**record, "setting": {**setting, "batch": 1}}):
+        file.write_text(json.dumps(changed))
+        assert memory.reusable(args, tmp_path) is None
+    file.write_text(json.dumps(record))
+    args.sides = ["separate", "lora"]
+    assert memory.reusable(args, tmp_path) is None
+
+
+def made_up_runs(out: Path) -> None:
+    for mode, end in (("separate", 2.0), ("lora", 1.0), ("hydra", 1.5)):
+        for seed in (1, 2, 3):
+            folder = out / f"{mode}-{seed}"
+            folder.mkdir(parents=True)
+            values = [end * (1 - math.exp(-step / 5)) + 0.1 * seed for step in range(1, 21)]
+            lines = [{"step": i + 1, "episode": 32 * (i + 1), "objective/scores": v} for i, v in enumerate(values)]
+            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_the_picture_has_a_line_per_seed_and_a_colour_per_mode(load: Any, tmp_path: Path) -> None:
+    curves = load("reward_curves")
+    made_up_runs(tmp_path)
+    read = {mode: curves.read(mode, tmp_path) for mode in curves.SIDES}
+    assert [len(seeds) for seeds in read.values()] == [3, 3, 3]
+    assert read["separate"][0][0][0] == 32
+    root = ElementTree.fromstring(curves.draw(read))
+    paths = [element.get("class") for element in root.iter() if element.tag.endswith("path")]
+    assert paths == ["line tone1"] * 3 + ["line tone2"] * 3 + ["line tone3"] * 3
+    text = "".join(root.itertext())
+    assert "separate: ends at" in text
+    assert "3 seeds" in text
+    assert "episodes" in text
+
+
+def test_a_legend_by_hand(load: Any) -> None:
+    ends = load("reward_curves").ends
+    flat = [[(step, value) for step in range(9)] for value in (1.0, 2.0, 6.0)]
+    assert ends("lora", flat) == "lora: ends at 3 (3 seeds, 1 to 6)"
+    assert ends("lora", flat[:1]) == "lora: ends at 1 (1 seed)"
