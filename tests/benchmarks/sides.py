@@ -14,7 +14,7 @@ from typing import Any
 from harness import BUILD, HERE, Report, peer, python
 
 PEER = "trl==1.12.0"
-SETTING = {"batch": 32, "micro": 8, "budget": 48, "epochs": 2, "updates": 3}
+SETTING = {"batch": 32, "micro": 32, "budget": 48, "epochs": 2, "updates": 3}
 
 
 @dataclass(frozen=True)
