@@ -37,7 +37,13 @@ class StopReason(enum.StrEnum):
     """Why a rollout ended."""
 
     EOS = "eos"
+    STOP = "stop"  # a stop string: its tokens stay actions, the text leaves it out
     LENGTH = "length"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer came to its end, rather than to that of the budget."""
+        return self is not StopReason.LENGTH
 
 
 @dataclass

@@ -55,7 +55,7 @@ class RolloutBuffer:
             action_mask_BT=pad_right([r.action_mask for r in rows], False, torch.bool),
             sampler_logprobs_BT=pad_right([r.logprobs for r in rows], 0.0, torch.float32),
             scores_B=torch.tensor([r.score or 0.0 for r in rows]),
-            truncated_B=torch.tensor([r.stop is StopReason.LENGTH for r in rows]),
+            truncated_B=torch.tensor([not r.stop.finished for r in rows]),
         ).to(device)
 
     def state_dict(self) -> dict[str, Any]:

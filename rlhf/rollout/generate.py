@@ -15,34 +15,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.errors import DataError
 from rlhf.rollout.decode import decoder_for
+from rlhf.rollout.stops import StopStrings
 from rlhf.types import StopReason
 
 _BLOCK = 128
 """Vocabulary entries whose weights are added up before the draw."""
-_LEAVE_SHARE = 16
-"""Finished rows leave once they are this part of the rows: moving others into their places costs something too."""
+_LEAVE_ROWS, _LEAVE_SHARE = 8, 4
+"""Finished rows leave once there are 8, or a quarter of all: products take multiples of 8 rows in less time."""
 _JOIN_SHARE = 5
 """Prompts join once this part of the places is free: reading a few at a time costs more than a few idle places."""
 
 
+Constraint = Callable[[list[list[int]], Tensor], Tensor]
+"""(tokens sampled so far, per row; logits [B, V]) -> logits [B, V] with forbidden tokens at -inf."""
+_FORBIDDEN = -1e9
+"""In place of -inf: as improbable, but times 0 it is 0."""
+
+
 @dataclass
 class Completion:
-    """Sampled tokens (a sampled EOS included) and their log-probabilities in nats."""
+    """Sampled tokens (a sampled EOS included), their log-probabilities, and the entropy of each draw, in nats.
+
+    `entropies` is empty where the engine does not know them.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop: StopReason = StopReason.LENGTH
+    entropies: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to sample; `eos_ids` end an answer, `max_new_tokens` is the budget."""
+    """How to sample; `eos_ids` end an answer, `max_new_tokens` is the budget, `batch_size` rows are decoded together.
+
+    `stop` are strings that end an answer; `decode`, which they need, makes text of tokens.
+
+    `constrain` forbids tokens. Log-probabilities and entropies are then those of the constrained distribution; who
+    scores the tokens again must apply the same constraint. PPO does not, so it offers none: its first ratio would
+    not be 1.
+    """
 
     eos_ids: tuple[int, ...]
     max_new_tokens: int
     temperature: float = 1.0
     batch_size: int = 32
+    stop: tuple[str, ...] = ()
+    decode: Callable[[list[int]], str] | None = None
+    constrain: Constraint | None = None
+
+    def __post_init__(self) -> None:
+        if self.stop and self.decode is None:
+            raise ValueError("stop strings need `decode`: text is searched, not tokens")
+        if not all(self.stop):
+            raise ValueError("an empty stop string would end every answer at once")
 
 
 def draw(weights_BV: Tensor, generator: torch.Generator) -> Tensor:
@@ -53,15 +81,23 @@ def draw(weights_BV: Tensor, generator: torch.Generator) -> Tensor:
 
     float32 sums of 49,152 terms are off by about 1e-6, which moves a draw with that probability.
     """
+    return _draw_and_sum(weights_BV, generator)[0]
+
+
+def _draw_and_sum(weights_BV: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(what `draw` gives, the sum of each row's weights)."""
     vocabulary = weights_BV.shape[1]
-    blocks_BNW = torch.nn.functional.pad(weights_BV, (0, -vocabulary % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    if vocabulary % _BLOCK:  # padding by nothing would copy
+        weights_BV = torch.nn.functional.pad(weights_BV, (0, -vocabulary % _BLOCK))
+    blocks_BNW = weights_BV.unflatten(1, (-1, _BLOCK))
     sums_BN = blocks_BNW.sum(2)
     ends_BN = sums_BN.cumsum(1)
     u_B1 = torch.rand(len(ends_BN), 1, generator=generator, device=ends_BN.device) * ends_BN[:, -1:]
     block_B1 = _first_beyond(ends_BN, u_B1, sums_BN)
     inner_BW = blocks_BNW.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
     before_B1 = (ends_BN - sums_BN).gather(1, block_B1)
-    return (block_B1 * _BLOCK + _first_beyond(inner_BW.cumsum(1), u_B1 - before_B1, inner_BW)).squeeze(1)
+    tokens_B1 = block_B1 * _BLOCK + _first_beyond(inner_BW.cumsum(1), u_B1 - before_B1, inner_BW)
+    return tokens_B1.squeeze(1), sums_BN.sum(1)
 
 
 def _first_beyond(ends_BN: Tensor, u_B1: Tensor, weights_BN: Tensor) -> Tensor:
@@ -73,14 +109,18 @@ def _first_beyond(ends_BN: Tensor, u_B1: Tensor, weights_BN: Tensor) -> Tensor:
     return index_B1
 
 
-def sample_tokens(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(tokens_B, their log-probabilities in nats) at `temperature`, in float32."""
+def sample_tokens(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens_B, their log-probabilities, the entropies of the distributions) at `temperature`, in nats, in float32.
+
+    `H = log S - sum(w log w) / S` with w the weights relative to the largest and S their sum.
+    """
     scaled_BV = logits_BV.float() if temperature == 1.0 else logits_BV.float() / temperature
-    highest_B1 = scaled_BV.amax(1, keepdim=True)
-    weights_BV = (scaled_BV - highest_B1).exp_()
-    tokens_B = draw(weights_BV, generator)
-    chosen_B = scaled_BV.gather(1, tokens_B[:, None]).squeeze(1)
-    return tokens_B, chosen_B - highest_B1.squeeze(1) - weights_BV.sum(1).log()
+    log_BV = scaled_BV - scaled_BV.amax(1, keepdim=True)
+    weights_BV = log_BV.exp()
+    tokens_B, sum_B = _draw_and_sum(weights_BV, generator)
+    log_sum_B = sum_B.log()
+    logprobs_B = log_BV.gather(1, tokens_B[:, None]).squeeze(1) - log_sum_B
+    return tokens_B, logprobs_B, log_sum_B - torch.linalg.vecdot(weights_BV, log_BV) / sum_B
 
 
 @torch.no_grad()
@@ -106,7 +146,7 @@ def generate(
     queue = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
     places = max(settings.batch_size, copies)
     decoder = decoder_for(lm, min(places, len(results)), settings.max_new_tokens)
-    rows = _Rows(settings)
+    rows = Rows(settings)
     logits_BV: Tensor | None = None
     while queue or rows.alive:
         if queue and decoder.can_admit and _worth_joining(places - len(rows), copies, places):
@@ -115,9 +155,9 @@ def generate(
             logits_BV = new_BV if logits_BV is None else torch.cat((logits_BV, new_BV))
             rows.join(results[i * copies + k] for i in chosen for k in range(copies))
         assert logits_BV is not None, "there are rows, or a decoder without rows admits some"
-        tokens_B, logprobs_B = sample_tokens(logits_BV, settings.temperature, generator)
-        on_tokens(rows.record(tokens_B, logprobs_B))
-        if (len(rows) - rows.alive) * _LEAVE_SHARE >= len(rows):
+        tokens_B, *measured = sample_tokens(rows.constrained(logits_BV), settings.temperature, generator)
+        on_tokens(rows.record(tokens_B, *measured))
+        if len(rows) - rows.alive >= min(_LEAVE_ROWS, len(rows) / _LEAVE_SHARE):
             kept = torch.tensor(rows.leave(), dtype=torch.long, device=tokens_B.device)
             decoder.keep(kept)
             tokens_B = tokens_B[kept]
@@ -129,14 +169,15 @@ def _worth_joining(free: int, copies: int, places: int) -> bool:
     return free == places or free >= max(copies, places // _JOIN_SHARE)
 
 
-class _Rows:
-    """The answers that are being written, in the decoder's order."""
+class Rows:
+    """The answers that are being written, in the order in which the model sees them."""
 
     def __init__(self, settings: GenerationSettings) -> None:
         self._settings = settings
         self._eos = frozenset(settings.eos_ids)
+        self._stops = StopStrings(settings.stop, settings.decode or str)
         self._rows: list[Completion] = []
-        self._ended: list[bool] = []
+        self.ended: list[bool] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -144,31 +185,54 @@ class _Rows:
     @property
     def alive(self) -> int:
         """Rows that have not ended."""
-        return len(self._rows) - sum(self._ended)
+        return len(self._rows) - sum(self.ended)
 
     def join(self, rows: Iterable[Completion]) -> None:
         """Rows behind the others."""
         self._rows.extend(rows)
-        self._ended.extend([False] * (len(self._rows) - len(self._ended)))
+        self.ended.extend([False] * (len(self._rows) - len(self.ended)))
 
-    def record(self, tokens_B: Tensor, logprobs_B: Tensor) -> int:
+    def constrained(self, logits_BV: Tensor) -> Tensor:
+        """The logits after the constraint, if there is one; those of rows that have ended stay.
+
+        Raises:
+            DataError: the constraint leaves a row no token.
+        """
+        if self._settings.constrain is None:
+            return logits_BV
+        alive = [i for i, ended in enumerate(self.ended) if not ended]
+        given_BV = self._settings.constrain([list(self._rows[i].tokens) for i in alive], logits_BV[alive])
+        forbidden_BV = given_BV == -torch.inf
+        if stuck := forbidden_BV.all(1).nonzero().flatten().tolist():
+            raise DataError(
+                f"the constraint allows no token after {self._rows[alive[stuck[0]]].tokens}",
+                fix="let it allow an EOS token where nothing else can follow",
+            )
+        logits_BV = logits_BV.clone()
+        logits_BV[alive] = given_BV.masked_fill(forbidden_BV, _FORBIDDEN)
+        return logits_BV
+
+    def record(self, tokens_B: Tensor, logprobs_B: Tensor, entropies_B: Tensor) -> int:
         """Append to every row that has not ended; how many those were."""
         count = self.alive
-        columns = zip(self._rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
-        for i, (row, token, logprob) in enumerate(columns):
-            if self._ended[i]:
+        columns = zip(self._rows, tokens_B.tolist(), logprobs_B.tolist(), entropies_B.tolist(), strict=True)
+        for i, (row, token, logprob, entropy) in enumerate(columns):
+            if self.ended[i]:
                 continue
             row.tokens.append(token)
             row.logprobs.append(logprob)
+            row.entropies.append(entropy)
             if token in self._eos:
                 row.stop = StopReason.EOS
-            self._ended[i] = row.stop is not StopReason.LENGTH or len(row.tokens) == self._settings.max_new_tokens
+            elif self._stops.ended(row.tokens):
+                row.stop = StopReason.STOP
+            self.ended[i] = row.stop.finished or len(row.tokens) == self._settings.max_new_tokens
         return count
 
     def leave(self) -> list[int]:
         """Drop rows that have ended; the last ones take their places. The old indices of those that stay."""
-        alive = [i for i, ended in enumerate(self._ended) if not ended]
+        alive = [i for i, ended in enumerate(self.ended) if not ended]
         movers = iter(reversed(alive))
-        kept = [next(movers) if ended else i for i, ended in enumerate(self._ended[: len(alive)])]
-        self._rows, self._ended = [self._rows[i] for i in kept], [False] * len(kept)
+        kept = [next(movers) if ended else i for i, ended in enumerate(self.ended[: len(alive)])]
+        self._rows, self.ended = [self._rows[i] for i in kept], [False] * len(kept)
         return kept

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf.types import RewardFn, Rollout, StopReason
+from rlhf.types import RewardFn, Rollout
 
 WORST_GRADE = 25.0
 """School years. The upper clip of the grade, and the grade of an answer that is no answer."""
@@ -62,7 +62,7 @@ def readability(rollouts: Sequence[Rollout]) -> list[float]:
     It measures word and sentence length only, not sense: short repeated words reach 0. A policy trained on it
     for long will find that out; the evaluation's other metrics are there to show it.
     """
-    return [-grade_answer(rollout.response, finished=rollout.stop == StopReason.EOS) for rollout in rollouts]
+    return [-grade_answer(rollout.response, finished=rollout.stop.finished) for rollout in rollouts]
 
 
 SCORERS: dict[str, RewardFn] = {"readability": readability}

@@ -12,7 +12,7 @@ from rlhf.functional.kl import ESTIMATORS, sequence_kl
 from rlhf.functional.losses import explained_variance_from_moments
 from rlhf.functional.masked import moments
 from rlhf.runtime import Runtime
-from rlhf.types import Rollout, RolloutBatch, StopReason
+from rlhf.types import Rollout, RolloutBatch
 
 
 def step_metrics(
@@ -47,7 +47,7 @@ def rollout_metrics(
         "objective/rlhf_reward": batch.scores_B - kl_coef * kls["k1"],
         "objective/entropy": -(batch.logprobs_BT * mask_BT).sum(1),
         "response/length_mean": mask_BT.sum(1),
-        "response/eos_frac": torch.tensor([r.stop is StopReason.EOS for r in rollouts], device=mask_BT.device),
+        "response/eos_frac": torch.tensor([r.stop.finished for r in rollouts], device=mask_BT.device),
     }
     per_token = {"policy/entropy_avg": (batch.entropy_BT * mask_BT).sum(), "val/sampler_gap": sampler_gap_BT.sum()}
     counts = torch.stack([mask_BT.new_tensor(len(rollouts), dtype=torch.float64), mask_BT.sum().double()])

@@ -37,7 +37,7 @@ def main() -> None:
 
     def ours() -> Report:
         generator = torch.Generator().manual_seed(next(seeds))
-        settings = GenerationSettings((eos,), SETTING["budget"], batch_size=SETTING["batch"])
+        settings = GenerationSettings((eos,), SETTING["budget"], SETTING["temperature"], batch_size=SETTING["batch"])
         began = time.perf_counter()
         rows = generate(lm, prompts, settings, generator=generator)
         return report(sum(len(r.tokens) for r in rows), time.perf_counter() - began)
@@ -48,13 +48,20 @@ def main() -> None:
         began = time.perf_counter()
         with torch.no_grad():
             out = lm.generate(
-                **batch, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=SETTING["budget"], pad_token_id=eos
+                **batch,
+                do_sample=True,
+                temperature=SETTING["temperature"],
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=SETTING["budget"],
+                pad_token_id=eos,
+                eos_token_id=eos,
             )
         answers = out[:, batch["input_ids"].shape[1] :]
         ended = (answers == eos).cumsum(1)
         return report(int((ended - (answers == eos).long() == 0).sum()), time.perf_counter() - began)
 
-    ours()  # both sides warm
+    ours(), theirs()  # both sides warm
     reports = alternate({"ours": ours, "peer": theirs}, rounds)
     a, b = reports["ours"], reports["peer"]
     rows = [row("sampling, batch 64", "tokens/s", median(a, "tokens_per_s"), median(b, "tokens_per_s"))]

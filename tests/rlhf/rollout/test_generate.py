@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from rlhf.errors import DataError
 from rlhf.models.load import load_causal_lm
 from rlhf.models.policy import Policy
 from rlhf.rollout import decode
@@ -182,7 +183,7 @@ def test_places_are_filled_again_while_others_decode(lm: Any, kind: str, monkeyp
     if kind == "transformers":
         monkeypatch.setattr(decode, "has_llama_shape", lambda lm: False)
     joined: list[int] = []
-    monkeypatch.setattr(generate_module._Rows, "join", spied(generate_module._Rows.join, joined))
+    monkeypatch.setattr(generate_module.Rows, "join", spied(generate_module.Rows.join, joined))
     prompts = [[2, 5 + i, 9, *range(10, 10 + i % 5)] for i in range(14)]
     drawn = sample(lm, prompts, copies=2, batch_size=6, max_new_tokens=20)
     assert len({len(c.tokens) for c in drawn}) > 4, "answers of different length, or no place is free early"
@@ -210,11 +211,86 @@ def spied(join: Any, counts: list[int]) -> Any:
 
 
 def test_rows_that_leave_are_replaced_by_the_last_ones(lm: Any) -> None:
-    rows = generate_module._Rows(GenerationSettings((3,), 9))
+    rows = generate_module.Rows(GenerationSettings((3,), 9))
     answers = [Completion() for _ in range(6)]
     rows.join(answers)
-    assert rows.record(torch.tensor([3, 7, 3, 7, 3, 7]), torch.zeros(6)) == 6
+    assert rows.record(torch.tensor([3, 7, 3, 7, 3, 7]), torch.zeros(6), torch.zeros(6)) == 6
     assert (rows.alive, len(rows)) == (3, 6)
     assert rows.leave() == [5, 1, 3]
-    assert rows.record(torch.tensor([8, 9, 10]), torch.zeros(3)) == 3
+    assert rows.record(torch.tensor([8, 9, 10]), torch.zeros(3), torch.zeros(3)) == 3
     assert [a.tokens for a in answers] == [[3], [7, 9], [3], [7, 10], [3], [7, 8]]
+
+
+# --- entropies, stop strings, constraints -----------------------------------------------------------------------
+
+
+def words(tokens: list[int]) -> str:
+    """A text of two letters per token: strings can straddle tokens. Token 7 has no text."""
+    return "".join(f"{chr(97 + t // 8)}{chr(97 + t % 8)}" for t in tokens if t != 7)
+
+
+def exact_logprobs(lm: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return lm(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def test_entropies_are_those_of_the_distributions(lm: Any) -> None:
+    for i, c in enumerate(sample(lm, PROMPTS, copies=2, temperature=0.7)):
+        with torch.no_grad():
+            logits_TV = lm(torch.tensor([[*PROMPTS[i // 2], *c.tokens]])).logits[0, len(PROMPTS[i // 2]) - 1 : -1]
+        exact = torch.distributions.Categorical(logits=logits_TV / 0.7).entropy()
+        torch.testing.assert_close(torch.tensor(c.entropies), exact, atol=1e-4, rtol=0)
+
+
+def test_a_stop_string_ends_an_answer_where_it_is_complete(lm: Any) -> None:
+    plain = sample(lm, PROMPTS, copies=8, max_new_tokens=20, batch_size=40)
+    stop = ("cb", "da")  # within a token; or across two: "?d" "a?"
+    drawn = sample(lm, PROMPTS, copies=8, max_new_tokens=20, batch_size=40, stop=stop, decode=words)
+    stopped = [c for c in drawn if c.stop is StopReason.STOP]
+    assert 5 < len(stopped) < len(drawn)
+    for c in drawn:
+        inside = [n for n in range(1, len(c.tokens) + 1) if any(s in words(c.tokens[:n]) for s in stop)]
+        if c.stop is StopReason.STOP:
+            assert inside == [len(c.tokens)], "it ends with the token that completes the string"
+            assert len(c.logprobs) == len(c.entropies) == len(c.tokens)
+        elif c.stop is StopReason.LENGTH:
+            assert not inside
+    assert any(words(c.tokens[-1:]) not in ("cb", "da") for c in stopped), "one straddles tokens"
+    # until the first one leaves, nothing else is drawn than without stop strings
+    assert [c.tokens[0] for c in drawn] == [c.tokens[0] for c in plain]
+
+
+def test_settings_refuse_stop_strings_that_cannot_work() -> None:
+    with pytest.raises(ValueError, match="need `decode`"):
+        GenerationSettings((3,), 4, stop=("a",))
+    with pytest.raises(ValueError, match="empty stop string"):
+        GenerationSettings((3,), 4, stop=("",), decode=words)
+
+
+def test_a_constraint_shapes_the_distribution_and_its_logprobs(lm: Any) -> None:
+    """Even tokens after even ones: log-probabilities are those of the allowed tokens, renormalised."""
+
+    def same_parity(sampled: list[list[int]], logits_BV: torch.Tensor) -> torch.Tensor:
+        assert len(sampled) == len(logits_BV)
+        out_BV = logits_BV.clone()
+        for row, tokens in enumerate(sampled):
+            out_BV[row, 1 - (tokens[-1] if tokens else 0) % 2 :: 2] = -torch.inf
+        return out_BV
+
+    drawn = sample(lm, PROMPTS, copies=6, batch_size=11, constrain=same_parity, eos_ids=(20, 22, 24))
+    assert len({len(c.tokens) for c in drawn}) > 2
+    for i, c in enumerate(drawn):
+        assert not any(token % 2 for token in c.tokens)
+        allowed_TV = exact_logprobs(lm, PROMPTS[i // 6], c.tokens)[:, ::2].log_softmax(-1)
+        exact = [float(allowed_TV[j, token // 2]) for j, token in enumerate(c.tokens)]
+        assert c.logprobs == pytest.approx(exact, abs=1e-4)
+        entropy_T = -(allowed_TV.exp() * allowed_TV).sum(1)
+        torch.testing.assert_close(torch.tensor(c.entropies), entropy_T, atol=1e-4, rtol=0)
+
+
+def test_a_constraint_that_allows_nothing_is_an_error(lm: Any) -> None:
+    def nothing_after_two(sampled: list[list[int]], logits_BV: torch.Tensor) -> torch.Tensor:
+        return logits_BV.masked_fill(torch.tensor([len(t) == 2 for t in sampled])[:, None], -torch.inf)
+
+    with pytest.raises(DataError, match=r"allows no token after \[\d+, \d+\]"):
+        sample(lm, PROMPTS, constrain=nothing_after_two)
