@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import typing
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -69,6 +70,33 @@ class SamplingConfig(Strict):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 64
     batch_size: Positive = Field(default=32, description="rows decoded together")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="strings that end an answer; its text leaves them out, its tokens do not"
+    )
+    engine: Literal["native", "transformers", "vllm"] = Field(
+        default="native", description="`transformers`: its own generate, slower; `vllm`: a server, not for PPO"
+    )
+    server: str | dict[str, str] | None = Field(
+        default=None, description="URL of the vllm server, e.g. http://localhost:8000; or model -> URL"
+    )
+
+    @model_validator(mode="after")
+    def _server_for_vllm(self) -> SamplingConfig:
+        if self.engine == "vllm" and not self.server:
+            raise ValueError("engine vllm needs a server; set sampling.server to its URL")
+        if self.engine != "vllm" and self.server:
+            raise ValueError(f"engine {self.engine} uses no server; remove sampling.server or set engine: vllm")
+        return self
+
+    def require_server_for(self, models: Iterable[str]) -> None:
+        """Every model has a server, where there is one for each.
+
+        Raises:
+            ValueError: one has none.
+        """
+        for model in models:
+            if isinstance(self.server, dict) and model not in self.server:
+                raise ValueError(f"sampling.server has no URL for {model!r}; it has {sorted(self.server)}")
 
 
 class TrackingConfig(Strict):
@@ -144,6 +172,7 @@ class SampleStage(StageConfig):
         models, k = 1 + len(self.further_models), self.completions_per_prompt
         if k % models:
             raise ValueError(f"completions_per_prompt {k} cannot be shared out evenly among {models} models")
+        self.sampling.require_server_for([self.model, *self.further_models])
         return self
 
 
@@ -274,6 +303,11 @@ class PPOStage(StageConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> PPOStage:
+        if self.sampling.engine == "vllm":
+            raise ValueError(
+                "sampling.engine vllm serves fixed weights, but PPO changes the policy's in every step; "
+                "set engine: native (vllm is for `sample` and `evaluate`)"
+            )
         if (self.reward_model is None) == (self.scorer is None):
             raise ValueError("exactly one of reward_model and scorer must be set; remove one or set the other")
         if self.critic_init == "reward_model" and self.reward_model is None:
@@ -317,6 +351,7 @@ class EvaluateStage(StageConfig):
         for key in ("candidate", "baseline"):
             if getattr(self, key) not in self.policies:
                 raise ValueError(f"{key} {getattr(self, key)!r} is not among policies {sorted(self.policies)}")
+        self.sampling.require_server_for(self.policies.values())
         return self
 
 

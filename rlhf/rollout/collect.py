@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from rlhf.config_schema import MissingEOSConfig
+from rlhf.config_schema import MissingEOSConfig, SamplingConfig
 from rlhf.data.templates import TokenizedPrompt
 from rlhf.errors import DataError
-from rlhf.rollout.generate import GenerationSettings, generate
+from rlhf.rollout.engines import Engine
+from rlhf.rollout.generate import GenerationSettings
+from rlhf.rollout.stops import before_stop
 from rlhf.types import Rollout, StopReason
 
 
+def settings_from(
+    sampling: SamplingConfig, eos_ids: Iterable[int], decode: Callable[[list[int]], str]
+) -> GenerationSettings:
+    """What the configuration asks for."""
+    return GenerationSettings(
+        eos_ids=tuple(eos_ids),
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        batch_size=sampling.batch_size,
+        stop=tuple(sampling.stop),
+        decode=decode,
+    )
+
+
 def collect(
-    lm: Any,
+    engine: Engine,
     prompts: Sequence[TokenizedPrompt],
     settings: GenerationSettings,
     *,
@@ -27,22 +42,23 @@ def collect(
 ) -> list[Rollout]:
     """Sample `copies` responses per prompt; row `[i * copies + k]` is the k-th of prompt i. Not yet scored.
 
-    `decode` makes the text that people and programs read; nothing downstream tokenises that text again.
+    `decode` makes the text that people and programs read; nothing downstream tokenises that text again. The text
+    leaves out a sampled EOS or stop string, the tokens keep it: it is an action.
     """
-    check_context(lm, prompts, settings)
-    completions = generate(
-        lm, [p.tokens for p in prompts], settings, generator=generator, copies=copies, on_tokens=on_tokens
+    check_context(engine.context, prompts, settings)
+    completions = engine.generate(
+        [p.tokens for p in prompts], settings, generator=generator, copies=copies, on_tokens=on_tokens
     )
     rollouts = []
     for i, completion in enumerate(completions):
         prompt = prompts[i // copies]
         zeros = len(prompt.tokens)
-        ended = completion.stop is StopReason.EOS
+        text = decode(completion.tokens[:-1] if completion.stop is StopReason.EOS else completion.tokens)
         rollouts.append(
             Rollout(
                 prompt=prompt.record.prompt,
                 prompt_id=prompt.record.prompt_id,
-                response=decode(completion.tokens[:-1] if ended else completion.tokens),
+                response=before_stop(text, settings.stop) if completion.stop is StopReason.STOP else text,
                 tokens=[*prompt.tokens, *completion.tokens],
                 action_mask=[False] * zeros + [True] * len(completion.tokens),
                 logprobs=[0.0] * zeros + completion.logprobs,
@@ -53,13 +69,12 @@ def collect(
     return rollouts
 
 
-def check_context(lm: Any, prompts: Sequence[TokenizedPrompt], settings: GenerationSettings) -> None:
+def check_context(limit: int | None, prompts: Sequence[TokenizedPrompt], settings: GenerationSettings) -> None:
     """Every prompt and its longest answer fit into what the model can read.
 
     Raises:
         DataError: one does not; names it, its length and the limit.
     """
-    limit = getattr(lm.config, "max_position_embeddings", None)
     for prompt in prompts:
         length = len(prompt.tokens)
         if limit is not None and length + settings.max_new_tokens > limit:
@@ -80,7 +95,7 @@ def missing_eos_penalty(scores: Sequence[float], rollouts: Sequence[Rollout], cf
     """Scores after the penalty for answers that ran into the budget (checklist 7), judged by their stop reason."""
     penalised = []
     for score, rollout in zip(scores, rollouts, strict=True):
-        if rollout.stop is StopReason.EOS or cfg.kind == "none":
+        if rollout.stop.finished or cfg.kind == "none":
             penalised.append(score)
         else:
             penalised.append(cfg.value if cfg.kind == "set" else score - cfg.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer, requ
 from rlhf.models.policy import Policy
 from rlhf.progress import Progress
 from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows
-from rlhf.rollout.collect import collect
-from rlhf.rollout.generate import GenerationSettings
+from rlhf.rollout.collect import collect, settings_from
+from rlhf.rollout.engines import engine_for
 from rlhf.rollout.scorers import SCORERS
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
-from rlhf.types import Rollout, RolloutBatch, RunResult, StopReason
+from rlhf.types import Rollout, RolloutBatch, RunResult
 
 MICRO_BATCH_SIZE = 16
 
@@ -88,19 +89,15 @@ def sample(
     progress: Progress,
 ) -> list[Rollout]:
     """`samples_per_prompt` answers of one policy. Every policy draws with the same random numbers."""
-    settings = GenerationSettings(
-        tuple(eos_token_ids(policy.lm, tokenizer)),
-        cfg.sampling.max_new_tokens,
-        cfg.sampling.temperature,
-        cfg.sampling.batch_size,
-    )
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    settings = settings_from(cfg.sampling, eos_token_ids(policy.lm, tokenizer), decode)
     total = len(prompts) * cfg.samples_per_prompt * settings.max_new_tokens
     with progress.phase(name, total=total, unit="tokens"):
         return collect(
-            policy.lm,
+            engine_for(cfg.sampling, policy.lm, cfg.policies[name]),
             prompts,
             settings,
-            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+            decode=decode,
             generator=generator_for(cfg.seed, "evaluate", runtime.rank, device=runtime.device),
             copies=cfg.samples_per_prompt,
             policy=name,
@@ -194,7 +191,7 @@ def policy_record(part: Answers) -> dict[str, Any]:
         "kl": kl.value,
         "kl_interval": [kl.low, kl.high],
         "length_mean": tokens / len(rollouts),
-        "eos_frac": sum(r.stop is StopReason.EOS for r in rollouts) / len(rollouts),
+        "eos_frac": sum(r.stop.finished for r in rollouts) / len(rollouts),
         "distinct_1": distinct_n(texts, 1),
         "distinct_2": distinct_n(texts, 2),
         "entropy": sum(part.entropy) / tokens,
@@ -213,7 +210,7 @@ def side_by_side(answers: dict[str, Answers]) -> list[dict[str, Any]]:
                     "text": rollout.response,
                     "grade": -(rollout.gold_score or 0.0),
                     "reward_score": rollout.score,
-                    "finished": rollout.stop is StopReason.EOS,
+                    "finished": rollout.stop.finished,
                 }
             )
     return list(prompts.values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ from rlhf.models.roles import Roles, build_roles
 from rlhf.models.tuning import build_optimizer, set_lr
 from rlhf.rollout.assertions import assert_common_start, assert_first_ratio
 from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows, minibatch_rows
-from rlhf.rollout.collect import collect, missing_eos_penalty
-from rlhf.rollout.generate import GenerationSettings
+from rlhf.rollout.collect import collect, missing_eos_penalty, settings_from
+from rlhf.rollout.engines import engine_for
 from rlhf.rollout.ppo_run import PPORun
 from rlhf.rollout.scorers import SCORERS
 from rlhf.rollout.statistics import step_metrics
@@ -159,15 +160,14 @@ def sample_rollouts(
     rows = rows_for_step(
         step, cfg.batch_size, len(prompts), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size
     )
-    settings = GenerationSettings(
-        roles.eos_ids, cfg.sampling.max_new_tokens, cfg.sampling.temperature, cfg.sampling.batch_size
-    )
+    decode = partial(roles.tokenizer.decode, skip_special_tokens=True)
+    settings = settings_from(cfg.sampling, roles.eos_ids, decode)
     with roles.sampler.ready() as lm:
         rollouts = collect(
-            lm,
+            engine_for(cfg.sampling, lm, cfg.model),
             [prompts[i] for i in rows],
             settings,
-            decode=lambda tokens: roles.tokenizer.decode(tokens, skip_special_tokens=True),
+            decode=decode,
             generator=generator_for(cfg.seed, "sample", step, runtime.rank, device=runtime.device),
             policy="ppo",
             on_tokens=on_tokens,

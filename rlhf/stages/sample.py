@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, show_prom
 from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer, require_same_tokens
 from rlhf.progress import Progress
 from rlhf.rollout.buffer import RolloutBuffer
-from rlhf.rollout.collect import collect
-from rlhf.rollout.generate import GenerationSettings
+from rlhf.rollout.collect import collect, settings_from
+from rlhf.rollout.engines import engine_for
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
-from rlhf.types import Rollout, RunResult, StopReason
+from rlhf.types import Rollout, RunResult
 
 
 def main(cfg: SampleStage, options: RunOptions) -> RunResult:
@@ -78,17 +79,15 @@ def sample(
 ) -> list[Rollout]:
     """One model's completions from all ranks; every rank samples its share of the prompts."""
     mine, k = prompts[runtime.rank :: runtime.world_size], cfg.completions_per_prompt // (1 + len(cfg.further_models))
-    eos_ids = tuple(eos_token_ids(lm, tokenizer))
-    settings = GenerationSettings(
-        eos_ids, cfg.sampling.max_new_tokens, cfg.sampling.temperature, cfg.sampling.batch_size
-    )
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    settings = settings_from(cfg.sampling, eos_token_ids(lm, tokenizer), decode)
     key = ["sample" if name == "samples" else name, *([model] if model != cfg.model else [])]
     progress.phase(" ".join(key), total=len(mine) * k * settings.max_new_tokens, unit="tokens")
     rollouts = collect(
-        lm,
+        engine_for(cfg.sampling, lm, model),
         mine,
         settings,
-        decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+        decode=decode,
         generator=generator_for(cfg.seed, *key, runtime.rank, device=runtime.device),
         copies=k,
         policy=model,
@@ -104,5 +103,5 @@ def summarise(rollouts: list[Rollout], prompts: int) -> dict[str, float]:
         "prompts": prompts,
         "rollouts": len(rollouts),
         "length_mean": sum(len(r.response_tokens) for r in rollouts) / count,
-        "eos_frac": sum(r.stop is StopReason.EOS for r in rollouts) / count,
+        "eos_frac": sum(r.stop.finished for r in rollouts) / count,
     }

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config_schema import MissingEOSConfig
+from rlhf.config_schema import MissingEOSConfig, SamplingConfig
 from rlhf.data.records import PromptRecord
 from rlhf.data.templates import TokenizedPrompt, prompt_tokens
 from rlhf.models.load import load_causal_lm
-from rlhf.rollout.collect import collect, missing_eos_penalty
+from rlhf.rollout.collect import collect, missing_eos_penalty, settings_from
+from rlhf.rollout.engines import NativeEngine
 from rlhf.rollout.generate import GenerationSettings
 from rlhf.types import Rollout, StopReason
 
@@ -24,7 +25,7 @@ def collected(tiny: Any) -> list[Rollout]:
         TokenizedPrompt(PromptRecord(t, f"id-{t}", {}, ""), prompt_tokens(tiny.tokenizer, t, chat=True)) for t in texts
     ]
     return collect(
-        load_causal_lm(tiny.path, dtype=torch.float32).eval(),
+        NativeEngine(load_causal_lm(tiny.path, dtype=torch.float32).eval()),
         prompts,
         GenerationSettings((tiny.eos,), 8),
         decode=lambda tokens: tiny.tokenizer.decode(tokens),
@@ -59,8 +60,34 @@ def test_the_sampled_eos_is_an_action_with_a_logprob_but_no_text(collected: list
 
 @pytest.mark.parametrize(
     ("kind", "value", "expected"),
-    [("none", -1.0, [2.0, -4.0]), ("set", -1.0, [2.0, -1.0]), ("subtract", 3.0, [2.0, -7.0])],
+    [
+        ("none", -1.0, [2.0, -4.0, 0.5]),
+        ("set", -1.0, [2.0, -1.0, 0.5]),
+        ("subtract", 3.0, [2.0, -7.0, 0.5]),
+    ],
 )
 def test_missing_eos_penalty(kind: Any, value: float, expected: list[float]) -> None:
-    rows = [Rollout("p", "", [1], [True], [0.0], stop) for stop in (StopReason.EOS, StopReason.LENGTH)]
-    assert missing_eos_penalty([2.0, -4.0], rows, MissingEOSConfig(kind=kind, value=value)) == expected
+    rows = [Rollout("p", "", [1], [True], [0.0], stop) for stop in (StopReason.EOS, StopReason.LENGTH, StopReason.STOP)]
+    assert missing_eos_penalty([2.0, -4.0, 0.5], rows, MissingEOSConfig(kind=kind, value=value)) == expected
+
+
+def test_a_stop_string_is_an_action_but_no_text(tiny: Any) -> None:
+    prompt = prompt_tokens(tiny.tokenizer, "why", chat=True)
+    rollouts = collect(
+        NativeEngine(load_causal_lm(tiny.path, dtype=torch.float32).eval()),
+        [TokenizedPrompt(PromptRecord("why", "id", {}, ""), prompt)],
+        settings_from(
+            SamplingConfig(max_new_tokens=20, stop=[" sun", "the "]), [tiny.eos], lambda t: tiny.tokenizer.decode(t)
+        ),
+        decode=lambda tokens: tiny.tokenizer.decode(tokens),
+        generator=torch.Generator().manual_seed(0),
+        copies=60,
+    )
+    stopped = [r for r in rollouts if r.stop is StopReason.STOP]
+    assert stopped
+    for r in stopped:
+        text = tiny.tokenizer.decode(r.response_tokens)
+        assert text.startswith(r.response)
+        assert text[len(r.response) :].startswith((" sun", "the "))
+        assert not any(s in r.response for s in (" sun", "the "))
+        assert r.stop.finished
