@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from rlhf.rollout.cuda_graph import GraphDecoder
 from rlhf.rollout.llama import LlamaDecoder
 
 _checked: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -50,7 +51,10 @@ def decoder_for(lm: Any, places: int, budget: int) -> Decoder:
 
     It holds a copy of the weights where packing them pays: make it anew when they have changed.
     """
-    return LlamaDecoder(lm, places, budget) if has_llama_shape(lm) else TransformersDecoder(lm)
+    if not has_llama_shape(lm):
+        return TransformersDecoder(lm)
+    kind = GraphDecoder if lm.device.type == "cuda" else LlamaDecoder
+    return kind(lm, places, budget)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

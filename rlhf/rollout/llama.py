@@ -79,26 +79,30 @@ class LlamaDecoder:
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """See `Decoder`."""
-        rows, (_, width) = self.rows, self._bias_BT.shape
+        self._end = min(self._end + 1, self._bias_BT.shape[1])
+        logits_BV = self._decode(tokens_B, self._positions_B, self._end)
+        self._positions_B = self._positions_B + 1
+        return logits_BV
+
+    def _decode(self, tokens_B: Tensor, positions_B: Tensor, end: int) -> Tensor:
+        """One token per row, the rows being the first places and `end` the columns read. Nothing here waits."""
+        rows, width = len(tokens_B), self._bias_BT.shape[1]
         # A row that ended at the last column may still be here; where it writes then does not matter.
-        columns_B = self._positions_B.clamp(max=width - 1)
-        self._end = min(self._end + 1, width)
+        columns_B = positions_B.clamp(max=width - 1)
         flat_B = torch.arange(rows, device=columns_B.device) * width + columns_B
-        self._bias_BT.view(-1)[flat_B] = 0
-        bias_B11T = self._bias_BT[:rows, None, None, : self._end]
+        self._bias_BT.view(-1).index_fill_(0, flat_B, 0.0)
+        bias_B11T = self._bias_BT[:rows, None, None, :end]
 
         def attend(i: int, q_NHD: Tensor, kv_NHD: Tensor) -> Tensor:
             cache = self._caches[i]
             cache.view(-1, *cache.shape[2:]).index_copy_(0, flat_B, kv_NHD)
-            keys, values = cache[:rows, : self._end].transpose(1, 2).chunk(2, 1)
+            keys, values = cache[:rows, :end].transpose(1, 2).chunk(2, 1)
             # The heads that share a key are rows of one product.
             return torch.nn.functional.scaled_dot_product_attention(
                 q_NHD.unflatten(1, (keys.shape[1], -1)), keys, values, attn_mask=bias_B11T, scale=self._layers[i].scale
             ).flatten(1)
 
-        x_BH = self._run(tokens_B[:, None], columns_B[:, None], attend)
-        self._positions_B = self._positions_B + 1
-        return self._head(self._norm(x_BH))
+        return self._head(self._norm(self._run(tokens_B[:, None], columns_B[:, None], attend)))
 
     def keep(self, rows: Tensor) -> None:
         """See `Decoder`."""

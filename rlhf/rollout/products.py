@@ -14,6 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+_ROWS = 64
+"""Rows for which the blocks are chosen; others work too, a little slower."""
+
 
 class Product(Protocol):
     """`x_BI` times the transposed weights of some linear layers, side by side; then perhaps an activation."""
@@ -76,7 +79,8 @@ class _Packed:
 
     def __init__(self, layers: tuple[Any, ...], activation: Any) -> None:
         weights = [layer.weight.detach() for layer in layers]
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
         self._bias = None
         if any(layer.bias is not None for layer in layers):
             parts = [
