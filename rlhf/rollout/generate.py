@@ -81,11 +81,6 @@ def draw(weights_BV: Tensor, generator: torch.Generator) -> Tensor:
 
     float32 sums of 49,152 terms are off by about 1e-6, which moves a draw with that probability.
     """
-    return _draw_and_sum(weights_BV, generator)[0]
-
-
-def _draw_and_sum(weights_BV: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(what `draw` gives, the sum of each row's weights)."""
     vocabulary = weights_BV.shape[1]
     if vocabulary % _BLOCK:  # padding by nothing would copy
         weights_BV = torch.nn.functional.pad(weights_BV, (0, -vocabulary % _BLOCK))
@@ -96,8 +91,7 @@ def _draw_and_sum(weights_BV: Tensor, generator: torch.Generator) -> tuple[Tenso
     block_B1 = _first_beyond(ends_BN, u_B1, sums_BN)
     inner_BW = blocks_BNW.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
     before_B1 = (ends_BN - sums_BN).gather(1, block_B1)
-    tokens_B1 = block_B1 * _BLOCK + _first_beyond(inner_BW.cumsum(1), u_B1 - before_B1, inner_BW)
-    return tokens_B1.squeeze(1), sums_BN.sum(1)
+    return (block_B1 * _BLOCK + _first_beyond(inner_BW.cumsum(1), u_B1 - before_B1, inner_BW)).squeeze(1)
 
 
 def _first_beyond(ends_BN: Tensor, u_B1: Tensor, weights_BN: Tensor) -> Tensor:
@@ -110,17 +104,13 @@ def _first_beyond(ends_BN: Tensor, u_B1: Tensor, weights_BN: Tensor) -> Tensor:
 
 
 def sample_tokens(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens_B, their log-probabilities, the entropies of the distributions) at `temperature`, in nats, in float32.
-
-    `H = log S - sum(w log w) / S` with w the weights relative to the largest and S their sum.
-    """
-    scaled_BV = logits_BV.float() if temperature == 1.0 else logits_BV.float() / temperature
-    log_BV = scaled_BV - scaled_BV.amax(1, keepdim=True)
-    weights_BV = log_BV.exp()
-    tokens_B, sum_B = _draw_and_sum(weights_BV, generator)
-    log_sum_B = sum_B.log()
-    logprobs_B = log_BV.gather(1, tokens_B[:, None]).squeeze(1) - log_sum_B
-    return tokens_B, logprobs_B, log_sum_B - torch.linalg.vecdot(weights_BV, log_BV) / sum_B
+    """(tokens_B, their log-probabilities, the entropies of the distributions) at `temperature`, in nats, in float32."""
+    scaled_BV = logits_BV if temperature == 1.0 else logits_BV.float() / temperature
+    logprobs_BV = torch.log_softmax(scaled_BV, 1, dtype=torch.float32)
+    probabilities_BV = logprobs_BV.exp()
+    tokens_B = draw(probabilities_BV, generator)
+    chosen_B = logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)
+    return tokens_B, chosen_B, -torch.linalg.vecdot(probabilities_BV, logprobs_BV)
 
 
 @torch.no_grad()
