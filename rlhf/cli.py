@@ -141,6 +141,11 @@ def _shielded(action) -> None:  # type: ignore[no-untyped-def]
             raise
         fix = _DISK_FIXES.get(error.errno or 0, "check that path, and the disk it is on")
         _refuse(type(error).__name__, f"{error.filename}: {error.strerror}", fix)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in runs.PACKAGES:
+            raise
+        _refuse(type(error).__name__, f"this needs {package}, which is not installed", f"pip install {package}")
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None

@@ -32,7 +32,7 @@ FREE_TO_CHANGE = frozenset(
 
 _ROLLOUT_KEYS = ("rollouts", "heldout_rollouts")
 MODEL_KEYS = ("model", "reference", "base", "reward_model")
-_PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RunOptions:
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record."""
     versions = {}
-    for package in _PACKAGES:
+    for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
