@@ -28,7 +28,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     model, file = prepare()
     keep_freed_memory()
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     with open(file) as lines:
         prompts = [json.loads(line) for line in lines][: SETTING["batch"]]
@@ -36,7 +37,7 @@ def main() -> None:
     eos = tokenizer.eos_token_id
 
     def ours() -> Report:
-        generator = torch.Generator().manual_seed(next(seeds))
+        generator = torch.Generator(device).manual_seed(next(seeds))
         settings = GenerationSettings((eos,), SETTING["budget"], SETTING["temperature"], batch_size=SETTING["batch"])
         began = time.perf_counter()
         rows = generate(lm, prompts, settings, generator=generator)
@@ -44,7 +45,7 @@ def main() -> None:
 
     def theirs() -> Report:
         torch.manual_seed(next(seeds))
-        batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(device)
         began = time.perf_counter()
         with torch.no_grad():
             out = lm.generate(

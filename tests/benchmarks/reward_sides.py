@@ -106,7 +106,7 @@ def trl(model: str, rows: list[dict[str, Any]]) -> float:
         learning_rate=1e-6,
         max_length=160,
         bf16=True,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         report_to=[],
         save_strategy="no",
         gradient_checkpointing=False,
