@@ -11,6 +11,7 @@ import torch
 
 from rlhf.checkpoint import export_folder
 from rlhf.models.load import require_same_tokens
+from rlhf.models.sharing import Share, keep_apart
 from rlhf.models.value import NORMALISATION_FILE, ScalarModel, load_scalar_model
 from rlhf.rollout.buffer import pad_right
 from rlhf.runtime import Runtime
@@ -26,14 +27,25 @@ class RewardModel:
         self._micro_batch_size = micro_batch_size
 
     @classmethod
-    def load(cls, name: str, runtime: Runtime, *, tokenizer: Any, micro_batch_size: int = 16) -> RewardModel:
-        """Load a reward model that shares the policy's tokenizer.
+    def load(
+        cls,
+        name: str,
+        runtime: Runtime,
+        *,
+        tokenizer: Any,
+        micro_batch_size: int = 16,
+        share: Share = keep_apart,
+    ) -> RewardModel:
+        """Load a reward model that shares the policy's tokenizer, and weights where `share` finds equal ones.
 
         Raises:
             ModelError: not a trained one-label classifier, or its tokens mean something else than the policy's.
         """
         require_same_tokens(name, tokenizer, role="reward model")
-        return cls(load_scalar_model(name, dtype=runtime.dtype), runtime, micro_batch_size=micro_batch_size)
+        scalar = load_scalar_model(name, dtype=runtime.dtype)
+        scalar.requires_grad_(False).to(runtime.device)
+        share(scalar)
+        return cls(scalar, runtime, micro_batch_size=micro_batch_size)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Normalised score of each rollout at its last real token."""

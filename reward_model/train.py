@@ -59,7 +59,7 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
         train, heldout = load_items(cfg, tokenizer, progress)
         scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype), new_head=True)
         scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
-        handle = apply_tuning(scalar.classifier, cfg.tuning, head=scalar.classifier.score)
+        handle = apply_tuning(scalar.classifier, cfg.tuning, runtime.dtype, head=scalar.classifier.score)
         fit(scalar, train, cfg, runtime, progress, tracker)
         # What is measured from here on is what is saved: adapters folded in, in the run's precision.
         scalar.classifier = merge_tuning(handle).to(runtime.dtype)

@@ -58,6 +58,7 @@ class TuningConfig(Strict):
     """Which parameters are trained."""
 
     kind: Literal["full", "lora"] = "full"
+    layers: Positive | None = Field(default=None, description="train only so many layers, counted from the top")
     rank: Positive = 16
     alpha: Positive = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -262,6 +263,9 @@ class PPOStage(StageConfig):
     scorer: Literal["readability"] | None = Field(default=None, description="a programmatic reward instead of a model")
     prompts: DatasetConfig
     tuning: TuningConfig = TuningConfig()
+    sharing: Literal["separate", "lora", "hydra"] = Field(
+        default="separate", description="lora: one frozen base, adapters per role; hydra: one frozen trunk, top layers"
+    )
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_tokens: Positive = 512
     overlong: Literal["error", "skip"] = "error"
@@ -323,6 +327,10 @@ class PPOStage(StageConfig):
             raise ValueError(
                 f"kl.horizon {self.kl.horizon} is too short; set it above {shortest:g}, a fifth of batch_size"
             )
+        if self.sharing == "lora" and self.tuning.kind != "lora":
+            raise ValueError("sharing: lora needs tuning.kind: lora")
+        if self.sharing == "hydra" and self.tuning.layers is None:
+            raise ValueError("sharing: hydra needs tuning.layers, the number of top layers that are trained")
         if self.tuning.dropout:
             raise ValueError(
                 "tuning.dropout must be 0 in PPO: dropout makes the first ratio differ from 1; set it to 0"

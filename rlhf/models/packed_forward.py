@@ -8,6 +8,7 @@ name; every other model, and every GPU, goes through transformers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,34 +23,52 @@ MAX_WIDTH = 512
 _checked: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Rows that hold several answers: what each token sees (0 or -inf), and where it stands."""
+
+    bias_B1TT: Tensor
+    positions_BT: Tensor
+
+
 def packed_hidden_states(
-    backbone: Any, tokens_BT: Tensor, mask_BT: Tensor, *, bias_B1TT: Tensor | None = None, positions: Any = None
+    backbone: Any,
+    tokens_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    packing: Packing | None = None,
+    inputs_BTH: Tensor | None = None,
 ) -> Tensor:
     """Last hidden state of every real token; shape [B, T, H], zeros on padding.
 
     Args:
         mask_BT: which tokens are real; the rest is never computed.
-        bias_B1TT: what each token sees, 0 or -inf; None: the tokens before it. Needs `positions` [B, T].
+        packing: None: a token sees those before it.
+        inputs_BTH: goes into the first layer instead of the tokens' embeddings.
     """
     place_N = mask_BT.flatten().nonzero().squeeze(1)
-    tokens_N = tokens_BT.flatten()[place_N]
-    layout = _layout(backbone, mask_BT, place_N, bias_B1TT, positions)
-    x_NH = backbone.embed_tokens(tokens_N)
+    layout = _layout(backbone, mask_BT, place_N, packing)
+    if inputs_BTH is None:
+        x_NH = backbone.embed_tokens(tokens_BT.flatten()[place_N])
+    else:
+        x_NH = inputs_BTH.flatten(0, 1)[place_N]
     for layer in backbone.layers:
         x_NH = _layer(layer, x_NH, layout)
-    x_NH = rms_norm(x_NH, backbone.norm.weight, backbone.norm.variance_epsilon, x_NH.dtype)
+    if not isinstance(backbone.norm, nn.Identity):
+        x_NH = rms_norm(x_NH, backbone.norm.weight, backbone.norm.variance_epsilon, x_NH.dtype)
     return x_NH.new_zeros(mask_BT.numel(), x_NH.shape[1]).index_copy(0, place_N, x_NH).unflatten(0, mask_BT.shape)
 
 
-def _layout(backbone: Any, mask_BT: Tensor, place_N: Tensor, bias_B1TT: Tensor | None, positions: Any) -> Any:
+def _layout(backbone: Any, mask_BT: Tensor, place_N: Tensor, packing: Packing | None) -> AttentionLayout:
     """Rows without gaps: a token's column is its position, wherever the padding stood, unless a bias names columns."""
     rows, width = mask_BT.shape
-    column_BT = (mask_BT.long().cumsum(1) - 1).clamp(min=0) if positions is None else positions
+    column_BT = (mask_BT.long().cumsum(1) - 1).clamp(min=0) if packing is None else packing.positions_BT
     position_N = column_BT.flatten()[place_N]
     cos_1ND, sin_1ND = backbone.rotary_emb(torch.zeros(1, device=mask_BT.device), position_N[None])
-    if bias_B1TT is None:
+    if packing is None:
         place_N = place_N // width * width + position_N
     full = len(place_N) == rows * width
+    bias_B1TT = None if packing is None else packing.bias_B1TT
     return AttentionLayout(rows, width, cos_1ND[0], sin_1ND[0], None if full else place_N, bias_B1TT)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.functional.logprobs import chunked_logprobs_and_entropy, gather_action_states, scatter_actions
-from rlhf.models.packed_forward import packed_hidden_states, runs_packed
+from rlhf.models.packed_forward import Packing, packed_hidden_states, runs_packed
+from rlhf.models.tuning import backbone_of
 
 
 def position_ids(attention_mask_BT: Tensor) -> Tensor:
@@ -17,7 +18,12 @@ def position_ids(attention_mask_BT: Tensor) -> Tensor:
 
 
 def hidden_states(
-    backbone: nn.Module, tokens_BT: Tensor, attention_mask: Tensor, positions_BT: Tensor | None = None
+    backbone: Any,
+    tokens_BT: Tensor,
+    attention_mask: Tensor,
+    positions_BT: Tensor | None = None,
+    *,
+    inputs_BTH: Tensor | None = None,
 ) -> Tensor:
     """Last hidden state of every real token; shape [B, T, H]; undefined on padding.
 
@@ -27,27 +33,30 @@ def hidden_states(
 
     Args:
         attention_mask: which tokens are real, [B, T]; or, with `positions_BT`, which token sees which, [B, 1, T, T].
+        inputs_BTH: states that go into the first layer instead of the tokens' embeddings.
     """
     if runs_packed(backbone, tokens_BT.shape[1]):
         if positions_BT is None:
-            return packed_hidden_states(backbone, tokens_BT, attention_mask)
-        seen_B1TT = torch.zeros(attention_mask.shape).masked_fill_(~attention_mask, -torch.inf)
+            return packed_hidden_states(backbone, tokens_BT, attention_mask, inputs_BTH=inputs_BTH)
         every_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        return packed_hidden_states(backbone, tokens_BT, every_BT, bias_B1TT=seen_B1TT, positions=positions_BT)
-    given: dict[str, Tensor] = {}
+        packing = Packing(torch.zeros(attention_mask.shape).masked_fill_(~attention_mask, -torch.inf), positions_BT)
+        return packed_hidden_states(backbone, tokens_BT, every_BT, packing=packing, inputs_BTH=inputs_BTH)
+    given: dict[str, Tensor] = {"input_ids": tokens_BT} if inputs_BTH is None else {"inputs_embeds": inputs_BTH}
     if positions_BT is not None:
-        given = {"attention_mask": attention_mask, "position_ids": positions_BT}
+        given |= {"attention_mask": attention_mask, "position_ids": positions_BT}
     elif bool((attention_mask[:, 1:] & ~attention_mask[:, :-1]).any()):  # padding on the left
-        given = {"attention_mask": attention_mask.long(), "position_ids": position_ids(attention_mask)}
-    return backbone(input_ids=tokens_BT, use_cache=False, **given).last_hidden_state
+        given |= {"attention_mask": attention_mask.long(), "position_ids": position_ids(attention_mask)}
+    return backbone(use_cache=False, **given).last_hidden_state
 
 
 class Policy(nn.Module):
     """A causal language model whose forward returns what PPO needs, and never a [B, T, V] tensor."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: Any, branch: nn.Module | None = None) -> None:
+        """`branch`: computes the hidden states instead of the model's own backbone (`models.sharing`)."""
         super().__init__()
         self.lm = lm
+        self.branch = branch
 
     def forward(
         self,
@@ -63,8 +72,11 @@ class Policy(nn.Module):
 
         The head runs on action positions only: with a vocabulary of 49,152 it is most of a small model's work.
         """
-        backbone = getattr(self.lm, self.lm.base_model_prefix)
-        states_NH = gather_action_states(hidden_states(backbone, tokens_BT, attention_mask_BT), action_mask_BT)
+        if self.branch is not None:
+            states_BTH = self.branch(tokens_BT, attention_mask_BT)
+        else:
+            states_BTH = hidden_states(backbone_of(self.lm), tokens_BT, attention_mask_BT)
+        states_NH = gather_action_states(states_BTH, action_mask_BT)
         head = self.lm.get_output_embeddings()
         logprobs_N, entropy_N = chunked_logprobs_and_entropy(
             states_NH,

@@ -18,6 +18,7 @@ from rlhf.config_schema import PPOStage
 from rlhf.errors import ConfigError
 from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer, require_same_tokens
 from rlhf.models.policy import ActorCritic, Policy
+from rlhf.models.sharing import Share, Trunk, keep_apart, sharing_of
 from rlhf.models.tuning import (
     adapted_layers,
     apply_tuning,
@@ -61,7 +62,8 @@ class Sampler:
                 folded.weight.copy_(folded_weight(layer))
             if self._is_cast:
                 for mine, theirs in zip(self._lm.parameters(), self._source.parameters(), strict=True):
-                    mine.copy_(theirs)
+                    if mine is not theirs:
+                        mine.copy_(theirs)
         checkpointed = [layer for layer in checkpointing_layers(self._lm) if layer.training]
         for layer in checkpointed:  # recomputed layers keep no cache
             layer.training = False
@@ -73,10 +75,15 @@ class Sampler:
 
 
 def cast_copy(lm: Any, dtype: torch.dtype) -> Any:
-    """A copy with its parameters in `dtype`; buffers stay, for rotary frequencies in bf16 misplace far tokens."""
-    copied = copy.deepcopy(lm)
+    """A copy with its parameters in `dtype`; frozen ones that have it already are shared.
+
+    Buffers stay as they are, for rotary frequencies in bf16 misplace far tokens.
+    """
+    shared = [p for p in lm.parameters() if not p.requires_grad and p.dtype == dtype]
+    copied = copy.deepcopy(lm, {id(p): p for p in shared})
     for parameter in copied.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
     return copied
 
 
@@ -98,6 +105,8 @@ class Roles:
     sampler: Sampler
     policy_handle: Any
     critic_handle: Any
+    share: Share = keep_apart
+    """Makes a further scalar model (the reward model) use what the roles have in common."""
 
     def parameter_groups(self, cfg: PPOStage) -> list[dict[str, Any]]:
         """AdamW groups: policy and critic with their own learning rates."""
@@ -136,20 +145,24 @@ def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:
     """
     if runtime.zero_stage == 3:
         raise ConfigError("PPO does not run under ZeRO-3 yet", fix="use launch/zero2.yaml, and LoRA for larger models")
-    dtype = storage_dtype(cfg.tuning, runtime.dtype)
-    lm = load_causal_lm(cfg.model, dtype=dtype)
-    plain = shared_copy(lm) if cfg.tuning.kind == "lora" else None
-    policy_handle = apply_tuning(lm, cfg.tuning)
-    scalar = _critic_scalar(cfg, dtype)
-    critic_handle = apply_tuning(scalar.classifier, cfg.tuning, head=scalar.classifier.score)
-    actor_critic = ActorCritic(Policy(lm), Critic(scalar)).to(runtime.device).eval()
+    lm = load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
+    with_lora = cfg.tuning.kind == "lora"
+    plain, untrained = (shared_copy(lm), shared_copy(lm)) if with_lora else (None, None)
+    policy_handle = apply_tuning(lm, cfg.tuning, runtime.dtype)
+    trunk = _trunk(cfg, lm)
+    share = sharing_of(cfg.sharing, lm, trunk)
+    scalar = _critic_scalar(cfg, runtime.dtype)
+    critic_handle = apply_tuning(scalar.classifier, cfg.tuning, runtime.dtype, head=scalar.classifier.score)
+    share(scalar)
+    policy = Policy(lm, trunk.branch(lm) if trunk is not None else None)
+    actor_critic = ActorCritic(policy, Critic(scalar)).to(runtime.device).eval()
     sampler = Sampler(lm, runtime, plain=plain)
+    reference = runtime.freeze(_reference(cfg, lm, untrained, trunk, runtime))
     if cfg.gradient_checkpointing:
         recompute_activations(lm, scalar.classifier)
     tokenizer = load_tokenizer(cfg.model)
     if cfg.reference is not None:
         require_same_tokens(cfg.reference, tokenizer, role="reference")
-    reference = runtime.freeze(Policy(load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype)))
     return Roles(
         tokenizer=tokenizer,
         eos_ids=tuple(eos_token_ids(lm, tokenizer)),
@@ -158,7 +171,27 @@ def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:
         sampler=sampler,
         policy_handle=policy_handle,
         critic_handle=critic_handle,
+        share=share,
     )
+
+
+def _trunk(cfg: PPOStage, lm: Any) -> Trunk | None:
+    if cfg.sharing != "hydra":
+        return None
+    assert cfg.tuning.layers is not None, "config_schema.PPOStage checks this"
+    return Trunk.of(lm, top=cfg.tuning.layers, remembered_rows=2 * cfg.batch_size)
+
+
+def _reference(cfg: PPOStage, lm: Any, untrained: Any, trunk: Trunk | None, runtime: Runtime) -> Policy:
+    """The policy as it begins; over what the roles share, where they share.
+
+    Args:
+        untrained: for a policy with adapters, its `shared_copy` from before they were put in.
+    """
+    if cfg.sharing == "separate" or cfg.reference not in (None, cfg.model):
+        return Policy(load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype))
+    reference = untrained if untrained is not None else cast_copy(lm, runtime.dtype)
+    return Policy(reference, trunk.branch(reference) if trunk is not None else None)
 
 
 def recompute_activations(*models: Any) -> None:
@@ -170,7 +203,8 @@ def recompute_activations(*models: Any) -> None:
             layer.training = True
 
 
-def _critic_scalar(cfg: PPOStage, dtype: torch.dtype) -> ScalarModel:
+def _critic_scalar(cfg: PPOStage, precision: torch.dtype) -> ScalarModel:
     source = cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model
     assert source is not None, "config_schema.PPOStage checks this"
+    dtype = storage_dtype(cfg.tuning, precision)
     return load_scalar_model(source, dtype=dtype, new_head=cfg.critic_init != "reward_model")

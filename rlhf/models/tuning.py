@@ -17,11 +17,36 @@ from rlhf.config_schema import OptimConfig, TuningConfig
 from rlhf.errors import ConfigError
 
 
-def lora_config(cfg: TuningConfig) -> Any:
-    """The adapter's description for peft."""
+def backbone_of(model: Any) -> Any:
+    """A transformers model without its head."""
+    return getattr(model, model.base_model_prefix)
+
+
+def layers_of(backbone: Any) -> nn.ModuleList:
+    """The layers, whatever this kind of model calls them."""
+    lists = [m for m in backbone.children() if isinstance(m, nn.ModuleList)]
+    return next(m for m in lists if len(m) == backbone.config.num_hidden_layers)
+
+
+def lora_config(cfg: TuningConfig, layers: nn.ModuleList) -> Any:
+    """The adapter's description for peft, for a model of these layers.
+
+    Raises:
+        ConfigError: a pattern for names together with `layers`, which peft cannot combine.
+    """
     from peft import LoraConfig
 
-    return LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=cfg.target_modules)
+    top, names = None, cfg.target_modules
+    if cfg.layers is not None:
+        top = list(range(len(layers) - cfg.layers, len(layers)))
+        if names == "all-linear":
+            linear = [name for name, m in layers.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+            names = sorted({name.rpartition(".")[2] for name in linear})
+        elif isinstance(names, str):
+            raise ConfigError(f"tuning.target_modules {names!r} with tuning.layers", fix="list the modules' names")
+    return LoraConfig(
+        r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=names, layers_to_transform=top
+    )
 
 
 def storage_dtype(cfg: TuningConfig, precision: torch.dtype) -> torch.dtype:
@@ -29,26 +54,49 @@ def storage_dtype(cfg: TuningConfig, precision: torch.dtype) -> torch.dtype:
     return torch.float32 if cfg.kind == "full" else precision
 
 
-def apply_tuning(model: Any, cfg: TuningConfig, *, head: nn.Module | None = None) -> Any:
+def train_fully(model: Any, layers: int | None, precision: torch.dtype) -> None:
+    """All parameters are trained, or those of the `layers` top layers and the final norm; the rest gets `precision`."""
+    model.requires_grad_(layers is None)
+    if layers is None:
+        return
+    backbone = backbone_of(model)
+    blocks = layers_of(backbone)
+    norms = [m for m in backbone.children() if m is not blocks and "Norm" in type(m).__name__]
+    for module in [*blocks[len(blocks) - layers :], *norms]:
+        module.requires_grad_(True)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(precision)
+
+
+def apply_tuning(model: Any, cfg: TuningConfig, precision: torch.dtype, *, head: nn.Module | None = None) -> Any:
     """Make the right parameters trainable, in place.
 
     Args:
         model: a transformers model; with LoRA its linear layers are replaced by adapted ones.
+        precision: what frozen weights are kept in.
         head: a new scalar head, trained whatever the tuning.
 
     Returns:
         What `merge_tuning` needs: the PeftModel, or `model` itself.
 
     Raises:
-        ConfigError: no module has a name in `target_modules`.
+        ConfigError: no module has a name in `target_modules`, or the model has fewer than `layers` layers.
     """
+    layers = layers_of(backbone_of(model))
+    if cfg.layers is not None and cfg.layers > len(layers):
+        raise ConfigError(
+            f"tuning.layers is {cfg.layers}, the model has {len(layers)}", fix=f"set at most {len(layers)}"
+        )
     if cfg.kind == "full":
-        model.requires_grad_(True)
+        train_fully(model, cfg.layers, precision)
+        if head is not None:
+            head.float().requires_grad_(True)
         return model
     from peft import get_peft_model
 
     # peft's "all-linear" spares the output layer of a language model, but knows nothing of a scalar head.
-    config = lora_config(cfg)
+    config = lora_config(cfg, layers)
     if head is not None:
         config.exclude_modules = ["score"]
     try:

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 from rlhf.errors import ModelError
 from rlhf.models.load import load_sequence_classifier, resolve_model
 from rlhf.models.policy import hidden_states
+from rlhf.models.tuning import backbone_of
 
 NORMALISATION_FILE = "reward_normalisation.json"
 
@@ -30,6 +31,8 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier: Any, *, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
         self.classifier = classifier
+        self.branch: nn.Module | None = None
+        """Computes the hidden states instead of the classifier's own backbone (`models.sharing`)."""
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
@@ -40,8 +43,10 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens_BT: Tensor, attention_mask: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """Normalised score after reading `tokens_BT[b, :t + 1]`, float32, shape [B, T]; masks as `hidden_states`."""
-        backbone = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden_BTH = hidden_states(backbone, tokens_BT, attention_mask, positions_BT)
+        if self.branch is not None:
+            hidden_BTH = self.branch(tokens_BT, attention_mask, positions_BT)
+        else:
+            hidden_BTH = hidden_states(backbone_of(self.classifier), tokens_BT, attention_mask, positions_BT)
         with torch.autocast(hidden_BTH.device.type, enabled=False):  # a scalar head in bf16 has 3 digits
             head = self.classifier.score
             bias = None if head.bias is None else head.bias.float()

@@ -105,7 +105,11 @@ def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
         assert cfg.scorer is not None, "config_schema.PPOStage checks this"
         return SCORERS[cfg.scorer]
     return RewardModel.load(
-        cfg.reward_model, runtime, tokenizer=roles.tokenizer, micro_batch_size=2 * cfg.micro_batch_size
+        cfg.reward_model,
+        runtime,
+        tokenizer=roles.tokenizer,
+        micro_batch_size=2 * cfg.micro_batch_size,
+        share=roles.share,
     )
 
 

@@ -47,7 +47,9 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
         evaluation = to_dataset(cfg.eval_dataset, tokenizer, cfg, progress) if cfg.eval_dataset else None
         reporter = Reporter(progress, tracker)
         arguments = trainer_config(cfg, has_eval=evaluation is not None)
-        handle = apply_tuning(load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype)), cfg.tuning)
+        handle = apply_tuning(
+            load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype)), cfg.tuning, runtime.dtype
+        )
         try:
             trainer = SFTTrainer(
                 model=handle,

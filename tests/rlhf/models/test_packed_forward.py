@@ -108,7 +108,7 @@ def test_packed_answers_of_the_reward_model(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_adapters_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model(PACKED["llama"])
-    apply_tuning(lm, TuningConfig(kind="lora", rank=4))
+    apply_tuning(lm, TuningConfig(kind="lora", rank=4), torch.float32)
     with torch.no_grad():
         for layer in lora_layers(lm):
             layer.lora_B["default"].weight.normal_(std=0.1, generator=torch.Generator().manual_seed(3))

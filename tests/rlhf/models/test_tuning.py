@@ -47,20 +47,20 @@ def classifier(tiny: Any) -> Any:
 
 def test_full_tuning_trains_everything(lm: Any) -> None:
     lm.requires_grad_(False)
-    assert apply_tuning(lm, TuningConfig()) is lm
+    assert apply_tuning(lm, TuningConfig(), torch.float32) is lm
     assert all(p.requires_grad for p in lm.parameters())
     assert merge_tuning(lm) is lm
 
 
 def test_lora_trains_adapters_alone_and_not_the_head_of_a_language_model(lm: Any) -> None:
-    apply_tuning(lm, LORA)
+    apply_tuning(lm, LORA, torch.float32)
     names = [name for name, p in lm.named_parameters() if p.requires_grad]
     assert len(names) == 2 * 2 * 7  # layers x (A, B) x (q, k, v, o, gate, up, down)
     assert all("lora_" in name for name in names)
 
 
 def test_lora_trains_the_score_head_of_a_classifier_too(classifier: Any) -> None:
-    apply_tuning(classifier, LORA, head=classifier.score)
+    apply_tuning(classifier, LORA, torch.float32, head=classifier.score)
     names = [name for name, p in classifier.named_parameters() if p.requires_grad]
     assert [name for name in names if "lora_" not in name] == ["score.weight"]
     assert len(names) == 28 + 1
@@ -69,7 +69,7 @@ def test_lora_trains_the_score_head_of_a_classifier_too(classifier: Any) -> None
 def test_lora_starts_as_the_same_function(lm: Any) -> None:
     with torch.no_grad():
         before = lm(TOKENS).logits
-        apply_tuning(lm, LORA)
+        apply_tuning(lm, LORA, torch.float32)
         assert torch.equal(lm(TOKENS).logits, before)
 
 
@@ -77,7 +77,7 @@ def test_lora_starts_as_the_same_function(lm: Any) -> None:
 def test_merging_gives_the_same_function_with_plain_names(request: Any, kind: str) -> None:
     model = request.getfixturevalue(kind)
     names = set(model.state_dict())
-    handle = apply_tuning(model, LORA, head=getattr(model, "score", None))
+    handle = apply_tuning(model, LORA, torch.float32, head=getattr(model, "score", None))
     torch.manual_seed(0)
     with torch.no_grad():
         before = model(TOKENS).logits
@@ -91,7 +91,7 @@ def test_merging_gives_the_same_function_with_plain_names(request: Any, kind: st
 
 def test_unknown_target_modules_are_a_configuration_error(lm: Any) -> None:
     with pytest.raises(ConfigError, match="target_modules"):
-        apply_tuning(lm, TuningConfig(kind="lora", target_modules=["nowhere"]))
+        apply_tuning(lm, TuningConfig(kind="lora", target_modules=["nowhere"]), torch.float32)
 
 
 def test_trained_weights_are_stored_in_float32_frozen_ones_as_asked() -> None:
@@ -101,13 +101,13 @@ def test_trained_weights_are_stored_in_float32_frozen_ones_as_asked() -> None:
 
 def test_adapters_and_head_are_float32_over_a_bf16_model(tiny: Any) -> None:
     model = load_sequence_classifier(tiny.reward, dtype=torch.bfloat16)
-    apply_tuning(model, LORA, head=model.score)
+    apply_tuning(model, LORA, torch.float32, head=model.score)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_what_is_trained_comes_back(lm: Any) -> None:
-    apply_tuning(lm, LORA)
+    apply_tuning(lm, LORA, torch.float32)
     perturb(lm)
     saved = {name: tensor.clone() for name, tensor in trainable_tensors(lm).items()}
     perturb(lm)
@@ -126,7 +126,7 @@ def test_matrices_decay_norms_and_scalar_heads_do_not(classifier: Any) -> None:
 
 
 def test_frozen_parameters_are_in_no_group(classifier: Any) -> None:
-    apply_tuning(classifier, LORA, head=classifier.score)
+    apply_tuning(classifier, LORA, torch.float32, head=classifier.score)
     groups = parameter_groups(classifier, lr=1e-3, weight_decay=0.1)
     assert sum(len(group["params"]) for group in groups) == 29
 

@@ -1,0 +1,158 @@
+"""One base in several roles: the same numbers as with separate models, from fewer tensors and fewer layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from reward_model.model import RewardModel
+from rlhf.errors import ConfigError, ModelError
+from rlhf.models import sharing
+from rlhf.models.load import load_causal_lm
+from rlhf.models.policy import hidden_states
+from rlhf.models.roles import Roles, build_roles
+from rlhf.models.sharing import Trunk
+from rlhf.models.value import load_scalar_model
+from rlhf.runs import RunOptions
+from rlhf.runtime import Runtime
+from rlhf.stages import ppo
+
+TOKENS = torch.tensor([[2, 9, 12, 15, 3], [2, 7, 8, 3, 3]])
+MASK = torch.tensor([[True] * 5, [True, True, True, True, False]])
+HYDRA = {"sharing": "hydra", "tuning": {"kind": "full", "layers": 1}}
+HYDRA_LORA = {"sharing": "hydra", "tuning": {"kind": "lora", "rank": 4, "layers": 1}}
+LORA = {"sharing": "lora", "tuning": {"kind": "lora", "rank": 4}}
+
+
+def tensors(model: torch.nn.Module) -> set[int]:
+    return {p.data_ptr() for p in model.parameters()}
+
+
+@pytest.fixture
+def trained(stage_config: Callable[..., Any], metrics_of: Any, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    def run(name: str, **changes: Any) -> list[dict[str, Any]]:
+        cfg = stage_config("ppo", run_dir=str(tmp_path / name), **changes)
+        ppo.main(cfg, RunOptions())
+        lines = metrics_of(cfg.run_dir)
+        return [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines]
+
+    return run
+
+
+@pytest.mark.parametrize("shared", [HYDRA, HYDRA_LORA, LORA], ids=["hydra", "hydra with lora", "lora"])
+def test_training_is_that_of_separate_models(trained: Any, shared: dict[str, Any]) -> None:
+    ours, theirs = trained("ours", **shared), trained("theirs", **{**shared, "sharing": "separate"})
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
+    assert ours[1]["objective/kl"] != 0.0
+
+
+def reward_of(roles: Roles, runtime: Runtime, tiny: Any) -> Any:
+    return RewardModel.load(tiny.reward, runtime, tokenizer=tiny.tokenizer, share=roles.share)
+
+
+@pytest.mark.parametrize("shared", [HYDRA, HYDRA_LORA, LORA], ids=["hydra", "hydra with lora", "lora"])
+def test_every_frozen_tensor_is_there_once(stage_config: Any, runtime: Runtime, tiny: Any, shared: Any) -> None:
+    """The lower of two layers and the embeddings in hydra, everything but adapters and heads in lora."""
+    roles = build_roles(stage_config("ppo", **shared), runtime)
+    frozen = {id(p) for p in roles.actor_critic.policy.lm.parameters() if not p.requires_grad}
+    in_common = 1 + 9 * (2 if shared is LORA else 1) + (shared is LORA)
+    others = [roles.reference.lm.model, roles.actor_critic.critic.scalar.classifier.model]
+    others.append(reward_of(roles, runtime, tiny)._scalar.classifier.model)
+    for other in others:
+        assert len(frozen & {id(p) for p in other.parameters()}) >= in_common
+
+
+def test_only_the_top_layers_and_the_head_are_trained(stage_config: Any, runtime: Runtime) -> None:
+    roles = build_roles(stage_config("ppo", **HYDRA), runtime)
+    names = {n for n, p in roles.actor_critic.named_parameters() if p.requires_grad}
+    tops = {f"{who}.model.{what}" for who in ("policy.lm", "critic.scalar.classifier") for what in ("layers.1", "norm")}
+    assert {n for n in names if not any(n.startswith(top) for top in tops)} == {"critic.scalar.classifier.score.weight"}
+    assert len(names) == 2 * (9 + 1) + 1
+
+
+def test_frozen_weights_are_kept_in_the_precision_of_the_run(stage_config: Any) -> None:
+    runtime = Runtime.start(seed=0, precision="bf16")
+    roles = build_roles(stage_config("ppo", precision="bf16", **HYDRA), runtime)
+    for p in roles.actor_critic.parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+
+
+@torch.no_grad()
+def test_a_branch_over_its_trunk_is_the_whole_model(tiny: Any) -> None:
+    lm = load_causal_lm(tiny.path, dtype=torch.float32)
+    whole = hidden_states(lm.model, TOKENS, MASK)[MASK]
+    branch = Trunk.of(lm, top=1, remembered_rows=4).branch(lm)
+    torch.testing.assert_close(branch(TOKENS, MASK)[MASK], whole)
+
+
+@torch.no_grad()
+def test_the_trunk_reads_a_row_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = load_causal_lm(tiny.path, dtype=torch.float32)
+    trunk = Trunk.of(lm, top=1, remembered_rows=2)
+    read: list[int] = []
+    real = sharing.hidden_states
+    monkeypatch.setattr(sharing, "hidden_states", lambda b, t, *a, **k: read.append(len(t)) or real(b, t, *a, **k))
+    first = trunk.states(TOKENS, MASK)
+    again = trunk.states(TOKENS.flip(0), MASK.flip(0))
+    assert torch.equal(first[MASK], again.flip(0)[MASK])
+    wider = torch.nn.functional.pad(TOKENS, (0, 2))  # padding is no part of a row
+    assert torch.equal(trunk.states(wider, torch.nn.functional.pad(MASK, (0, 2)))[:, :5][MASK], first[MASK])
+    assert read == [2]
+    trunk.states(torch.tensor([[2, 30, 31]]), torch.ones(1, 3, dtype=torch.bool))  # the oldest row makes room
+    trunk.states(TOKENS, MASK)
+    assert read == [2, 1, 1]
+
+
+def test_a_reward_model_of_another_base_stays_whole(stage_config: Any, runtime: Runtime, tiny: Any) -> None:
+    roles = build_roles(stage_config("ppo", **HYDRA), runtime)
+    scalar = load_scalar_model(tiny.reward, dtype=torch.float32)
+    with torch.no_grad():
+        scalar.classifier.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    before = scalar(TOKENS, MASK)
+    roles.share(scalar)
+    assert scalar.branch is None
+    assert torch.equal(scalar(TOKENS, MASK), before)
+
+
+def test_a_model_that_cannot_be_cut_is_refused() -> None:
+    lm = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    with pytest.raises(ModelError, match="gpt2 models cannot be cut"):
+        Trunk.of(lm, top=1, remembered_rows=4)
+
+
+@torch.no_grad()
+def test_a_model_that_does_more_between_its_layers_is_refused(tiny: Any) -> None:
+    """One that scales whatever comes in as embeddings, as early Gemma code did."""
+    lm = load_causal_lm(tiny.path, dtype=torch.float32)
+    forward = lm.model.forward
+
+    def scaling(input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+        embeds = lm.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return forward(inputs_embeds=embeds * 3.0, **kwargs)
+
+    lm.model.forward = scaling
+    with pytest.raises(ModelError, match="cannot be cut"):
+        Trunk.of(lm, top=1, remembered_rows=4)
+
+
+def test_more_layers_than_there_are_is_an_error(stage_config: Any, runtime: Runtime) -> None:
+    with pytest.raises(ConfigError, match=r"tuning.layers is 3, the model has 2"):
+        build_roles(stage_config("ppo", sharing="hydra", tuning={"kind": "full", "layers": 3}), runtime)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sharing": "lora"}, "sharing: lora needs tuning.kind: lora"),
+        ({"sharing": "hydra"}, "sharing: hydra needs tuning.layers"),
+    ],
+)
+def test_contradictions_are_named(stage_config: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        stage_config("ppo", **changes)
