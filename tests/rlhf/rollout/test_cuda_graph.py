@@ -74,6 +74,18 @@ def test_every_step_of_one_shape_replays_one_capture(lm: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_wider_cache_is_captured_anew(lm: Any) -> None:
+    """A graph goes on reading the memory that it saw: after a move it must not be replayed."""
+    capture = Plain()
+    decoder = GraphDecoder(lm, 1, 4, capture=capture)
+    for prompt, captures in (([2, 9], 1), ([4], 1), ([*range(4, 24)], 2), ([2, 9], 3)):
+        decoder.admit([prompt], 1)
+        decoder.step(torch.tensor([5]))
+        decoder.keep(torch.zeros(0, dtype=torch.long))
+        assert capture.captures == captures, prompt
+
+
+@torch.no_grad()
 def test_a_failed_capture_is_said_once_and_decoding_goes_on(lm: Any, caplog: pytest.LogCaptureFixture) -> None:
     def fail(run: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
