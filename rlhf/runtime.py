@@ -120,6 +120,11 @@ class Runtime:
         return plugin.zero_stage if plugin is not None else 0
 
     @property
+    def is_alone(self) -> bool:
+        """One process without an engine around the module: a graph may wait while other forwards run."""
+        return self.world_size == 1 and not self.uses_deepspeed
+
+    @property
     def uses_deepspeed(self) -> bool:
         """Whether parameters or optimizer state may be sharded."""
         return getattr(self._accelerator.state, "deepspeed_plugin", None) is not None

@@ -123,7 +123,9 @@ class _Head(torch.autograd.Function):
 
         d z_v = g (1[v = target] - p_v) - h p_v (log p_v + entropy)
 
-    The logits are computed again in the backward; an entropy that nobody differentiates costs nothing there.
+    The logits are computed again in the backward; an entropy that nobody differentiates costs nothing there. Where the
+    head is frozen, as under LoRA, d hidden = g (W[target] - p W) / temperature needs no second look at the logits:
+    the bracket is computed in the forward.
     """
 
     @staticmethod
@@ -133,15 +135,20 @@ class _Head(torch.autograd.Function):
         # autograd switches autocast off in the backward: both sides use the dtype that is in force now.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
         weight = weight_VH.to(dtype)
-        logprobs, entropies, logsumexps = [], [], []
+        is_frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
+        logprobs, entropies, logsumexps, pulls = [], [], [], []
         for hidden_CH, targets_C in zip(hidden_NH.split(chunk_size), targets_N.split(chunk_size), strict=True):
             z_CV = _scaled_logits(hidden_CH.to(dtype), weight, bias_V, temperature)
-            logsumexp_C, entropy_C = _logsumexp_and_entropy(z_CV, with_entropy)
+            logsumexp_C, entropy_C, weights_CV = _logsumexp_and_entropy(z_CV, with_entropy)
+            if is_frozen:
+                mean_CH = (weights_CV.to(dtype) @ weight).float() / weights_CV.sum(-1, keepdim=True)
+                pulls.append(weight[targets_C].float().sub_(mean_CH))
             logprobs.append(z_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1) - logsumexp_C)
             entropies.append(entropy_C)
             logsumexps.append(logsumexp_C)
         logprobs_N, entropy_N, logsumexp_N = (torch.cat(parts) for parts in (logprobs, entropies, logsumexps))
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N)
+        pull_NH = torch.cat(pulls) if pulls else None
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N, pull_NH)
         ctx.settings = (temperature, chunk_size, dtype)
         if not with_entropy:
             ctx.mark_non_differentiable(entropy_N)
@@ -149,8 +156,11 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, logprob_grad_N, entropy_grad_N):  # type: ignore[override]
-        hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N, pull_NH = ctx.saved_tensors
         temperature, chunk_size, dtype = ctx.settings
+        if pull_NH is not None and logprob_grad_N is not None and entropy_grad_N is None:
+            hidden_grad_NH = (pull_NH * (logprob_grad_N / temperature).unsqueeze(-1)).to(hidden_NH.dtype)
+            return hidden_grad_NH, *[None] * 6
         weight = weight_VH.to(dtype)
         needs_weight = ctx.needs_input_grad[1]
         hidden_grad_NH = torch.empty_like(hidden_NH)
@@ -182,17 +192,17 @@ def _scaled_logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, 
     return scaled_CV if temperature == 1.0 else scaled_CV.div_(temperature)
 
 
-def _logsumexp_and_entropy(z_CV: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
-    """L = log sum_v exp z_v and H = L - sum_v p_v z_v (or 0), from one pass of exponentials."""
+def _logsumexp_and_entropy(z_CV: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """L = log sum_v exp z_v, H = L - sum_v p_v z_v (or 0), and p up to a factor; from one pass of exponentials."""
     highest_C1 = z_CV.amax(-1, keepdim=True)
     weights_CV = (z_CV - highest_C1).exp_()
     sum_C = weights_CV.sum(-1)
     logsumexp_C = highest_C1.squeeze(-1) + sum_C.log()
     if not with_entropy:
-        return logsumexp_C, torch.zeros_like(logsumexp_C)
+        return logsumexp_C, torch.zeros_like(logsumexp_C), weights_CV
     # 0 * -inf is NaN; the most negative finite number gives the 0 that is meant.
     finite_CV = z_CV.clamp(min=torch.finfo(z_CV.dtype).min)
-    return logsumexp_C, logsumexp_C - torch.linalg.vecdot(weights_CV, finite_CV) / sum_C
+    return logsumexp_C, logsumexp_C - torch.linalg.vecdot(weights_CV, finite_CV) / sum_C, weights_CV
 
 
 def _logit_grad(

@@ -24,9 +24,6 @@ from rlhf.data.records import read_prompts
 from rlhf.data.templates import (
     TokenizedPrompt,
     check_prompt_lengths,
-    located,
-    prompt_tokens,
-    response_tokens,
     show_prompts,
 )
 from rlhf.errors import ConfigError, InvariantError
@@ -42,6 +39,7 @@ from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows, minibatch_rows
 from rlhf.rollout.collect import collect, missing_eos_penalty, settings_from
 from rlhf.rollout.engines import engine_for
 from rlhf.rollout.ppo_run import PPORun
+from rlhf.rollout.ptx import load_ptx, ptx_loss, ptx_texts
 from rlhf.rollout.scorers import SCORERS
 from rlhf.rollout.statistics import step_metrics
 from rlhf.runs import RunOptions
@@ -74,7 +72,8 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
                 # 2. Scores; then old and reference logprobs, and values.
                 batch = score_rollouts(rollouts, reward_fn, cfg, runtime)
                 epochs = plan_epochs(len(batch), cfg, generator_for(cfg.seed, "epochs", step, runtime.rank))
-                evaluate_rollouts(batch, epochs[0], actor_critic, roles.reference, cfg, runtime)
+                learner = Learner(actor_critic, optimizer, cfg, runtime, step, kl_control.coef)
+                kept = evaluate_rollouts(learner, batch, epochs[0], roles.reference)
             if step == 0:
                 assert_common_start(batch, runtime, same_reference=cfg.reference in (None, cfg.model))
             # 3. Rewards: -coef * KL on every action, the score on the last one.
@@ -84,8 +83,7 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
             with run.phase("update"):
                 # 5. Epochs of minibatches on the clipped objective.
                 lr = set_lr(optimizer, cfg.optim, step, cfg.steps, delay={"policy": cfg.critic_warmup_steps})
-                learner = Learner(actor_critic, optimizer, cfg, runtime, step, kl_control.coef)
-                sums = train(learner, batch, epochs, ptx)
+                sums = train(learner, batch, epochs, ptx, kept=kept)
             metrics = step_metrics(batch, rollouts, sums, runtime, kl_coef=kl_control.coef)
             # 6. The KL controller answers to the KL that was measured.
             if step >= cfg.critic_warmup_steps:
@@ -139,24 +137,6 @@ def load_prompts(cfg: PPOStage, tokenizer: Any) -> tuple[list[TokenizedPrompt], 
     return prompts, f"{cfg.prompts.path}: format {records.format}"
 
 
-def load_ptx(cfg: PPOStage, tokenizer: Any) -> list[Rollout]:
-    """Pretraining texts as rollouts whose every response token counts (PPO-ptx, Ouyang 2022); [] when off."""
-    if cfg.ptx is None:
-        return []
-    from rlhf.data.records import read_demonstrations
-    from rlhf.types import StopReason
-
-    rows = []
-    for record in read_demonstrations(cfg.ptx):
-        prompt = located(record.where, prompt_tokens, tokenizer, record.prompt, chat=cfg.ptx.chat)
-        response = response_tokens(tokenizer, record.completion, finished=True)
-        mask = [False] * len(prompt) + [True] * len(response)
-        rows.append(
-            Rollout(record.prompt, record.completion, prompt + response, mask, [0.0] * len(mask), StopReason.EOS)
-        )
-    return rows
-
-
 def sample_rollouts(
     step: int, prompts: Sequence[TokenizedPrompt], roles: Roles, cfg: PPOStage, runtime: Runtime, *, on_tokens: Any
 ) -> list[Rollout]:
@@ -205,28 +185,37 @@ def plan_epochs(rows: int, cfg: PPOStage, generator: torch.Generator) -> list[li
     return [minibatch_rows(rows, cfg.minibatches, generator) for _ in range(cfg.epochs)]
 
 
-@torch.no_grad()
 def evaluate_rollouts(
-    batch: RolloutBatch, minibatches: list[Tensor], actor_critic: Any, reference: Any, cfg: PPOStage, runtime: Runtime
-) -> None:
+    learner: Learner, batch: RolloutBatch, minibatches: list[Tensor], reference: Any
+) -> tuple[Tensor, ...] | None:
     """Fill in old and reference logprobs, entropies and values.
 
     The rows are read in the very micro-batches of the first epoch: same shapes, same kernels, same rounding, so
     that the first ratio is exactly 1 and `assert_first_ratio` can be strict.
+
+    Returns:
+        The outputs of the first micro-batch with their graph, where it is the whole first minibatch: the first update
+        then needs no forward of its own. Not in step 0, whose update computes them anew for `assert_first_ratio`.
     """
+    cfg, runtime = learner.cfg, learner.runtime
     for name in ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT"):
         setattr(batch, name, torch.zeros_like(batch.sampler_logprobs_BT))
-    for rows in micro_batches(batch, minibatches, cfg):
+    keeps = learner.step > 0 and runtime.is_alone and len(micro_batches(batch, minibatches[:1], cfg)) == 1
+    kept = None
+    for i, rows in enumerate(micro_batches(batch, minibatches, cfg)):
         part = batch.select(rows)
+        width = part.tokens_BT.shape[1]
         inputs = (part.tokens_BT, part.attention_mask_BT, part.action_mask_BT)
         with runtime.autocast():
-            logprobs_BT, entropy_BT, values_BT = actor_critic(*inputs, temperature=cfg.sampling.temperature)
-            ref_logprobs_BT, _ = reference(*inputs, temperature=cfg.sampling.temperature, with_entropy=False)
-        width = part.tokens_BT.shape[1]
-        batch.logprobs_BT[rows, :width] = logprobs_BT.float()
+            with torch.set_grad_enabled(keeps and i == 0):
+                outputs = learner.actor_critic(*inputs, temperature=cfg.sampling.temperature)
+            with torch.no_grad():
+                ref_logprobs_BT, _ = reference(*inputs, temperature=cfg.sampling.temperature, with_entropy=False)
+        kept = outputs if keeps and i == 0 else kept
+        for name, values_BT in zip(("logprobs_BT", "entropy_BT", "values_BT"), outputs, strict=True):
+            getattr(batch, name)[rows, :width] = values_BT.detach().float()
         batch.ref_logprobs_BT[rows, :width] = ref_logprobs_BT.float()
-        batch.entropy_BT[rows, :width] = entropy_BT.float()
-        batch.values_BT[rows, :width] = values_BT.float()
+    return kept
 
 
 def micro_batches(batch: RolloutBatch, minibatches: Sequence[Tensor], cfg: PPOStage) -> list[Tensor]:
@@ -293,9 +282,18 @@ class Learner:
 
 
 def train(
-    learner: Learner, batch: RolloutBatch, epochs: list[list[Tensor]], ptx: Sequence[Rollout] = ()
+    learner: Learner,
+    batch: RolloutBatch,
+    epochs: list[list[Tensor]],
+    ptx: Sequence[Rollout] = (),
+    *,
+    kept: tuple[Tensor, ...] | None = None,
 ) -> dict[str, float]:
-    """`epochs x minibatches` optimizer steps; returns global sums of statistics over all of them."""
+    """`epochs x minibatches` optimizer steps; returns global sums of statistics over all of them.
+
+    Args:
+        kept: what `evaluate_rollouts` returned.
+    """
     cfg, runtime, step = learner.cfg, learner.runtime, learner.step
     totals: dict[str, float] = {}
     for epoch, minibatches in enumerate(epochs):
@@ -305,7 +303,8 @@ def train(
             # While the critic warms up, gradients would only fill the frozen policy's moments.
             mixed = ptx if step >= cfg.critic_warmup_steps else ()
             texts = ptx_texts(mixed, nth, min(len(rows), cfg.micro_batch_size), cfg, runtime)
-            sums = update(learner, batch, rows, texts)
+            sums = update(learner, batch, rows, texts, outputs=kept)
+            kept = None
             deviation = sums.pop("max_ratio_deviation")
             if epoch == 0 and index == 0:
                 assert_first_ratio(deviation, runtime)
@@ -322,8 +321,19 @@ def train(
     return totals
 
 
-def update(learner: Learner, batch: RolloutBatch, rows: Tensor, texts: Sequence[Rollout]) -> dict[str, float]:
-    """One optimizer step on `rows`, through as many micro-batches as memory asks for, and on pretraining `texts`."""
+def update(
+    learner: Learner,
+    batch: RolloutBatch,
+    rows: Tensor,
+    texts: Sequence[Rollout],
+    *,
+    outputs: tuple[Tensor, ...] | None = None,
+) -> dict[str, float]:
+    """One optimizer step on `rows`, through as many micro-batches as memory asks for, and on pretraining `texts`.
+
+    Args:
+        outputs: the forward's, where `rows` are one micro-batch that has been through it already.
+    """
     actor_critic, cfg, runtime = learner.actor_critic, learner.cfg, learner.runtime
     parts = micro_batches(batch, [rows], cfg)
     denominator = runtime.denominator(int(batch.action_mask_BT[rows].sum()))
@@ -333,9 +343,7 @@ def update(learner: Learner, batch: RolloutBatch, rows: Tensor, texts: Sequence[
         part = batch.select(part_rows)
         is_last = i + 1 == len(parts) and not texts
         with runtime.accumulate(actor_critic, last=is_last):
-            loss, stats = ppo_loss(
-                actor_critic, part, cfg, runtime, denominator=denominator, step=learner.step, kl_coef=learner.kl_coef
-            )
+            loss, stats = ppo_loss(learner, part, outputs or forward(learner, part), denominator=denominator)
             deviation = max(deviation, float(stats.pop("max_ratio_deviation")))
             runtime.backward(loss)
         for name, value in stats.items():
@@ -355,27 +363,24 @@ def update(learner: Learner, batch: RolloutBatch, rows: Tensor, texts: Sequence[
     }
 
 
-def ppo_loss(
-    actor_critic: Any,
-    part: RolloutBatch,
-    cfg: PPOStage,
-    runtime: Runtime,
-    *,
-    denominator: float,
-    step: int,
-    kl_coef: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped policy loss + value loss (+ KL loss - entropy bonus) of one micro-batch; and sums of statistics."""
-    mask_BT = part.action_mask_BT
-    with runtime.autocast():
-        logprobs_BT, entropy_BT, values_BT = actor_critic(
+def forward(learner: Learner, part: RolloutBatch) -> tuple[Tensor, ...]:
+    """(logprobs_BT, entropy_BT, values_BT) of a micro-batch, for an update."""
+    with learner.runtime.autocast():
+        return learner.actor_critic(
             part.tokens_BT,
             part.attention_mask_BT,
-            mask_BT,
-            temperature=cfg.sampling.temperature,
-            with_entropy=cfg.entropy_coef > 0,
+            part.action_mask_BT,
+            temperature=learner.cfg.sampling.temperature,
+            with_entropy=learner.cfg.entropy_coef > 0,
         )
-    logprobs_BT, values_BT = logprobs_BT.float(), values_BT.float()
+
+
+def ppo_loss(
+    learner: Learner, part: RolloutBatch, outputs: tuple[Tensor, ...], *, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy loss + value loss (+ KL loss - entropy bonus) of one micro-batch; and sums of statistics."""
+    cfg, mask_BT = learner.cfg, part.action_mask_BT
+    logprobs_BT, entropy_BT, values_BT = (output.float() for output in outputs)
     policy, policy_stats = policy_loss(
         logprobs_BT,
         part.logprobs_BT,
@@ -391,10 +396,10 @@ def ppo_loss(
     actor = policy
     if cfg.kl.place == "loss":
         kl = kl_loss(logprobs_BT, part.ref_logprobs_BT, mask_BT, estimator=cfg.kl.estimator, denominator=denominator)
-        actor = actor + kl_coef * kl
+        actor = actor + learner.kl_coef * kl
     if cfg.entropy_coef:
         actor = actor - cfg.entropy_coef * masked_sum(entropy_BT, mask_BT) / denominator
-    if step < cfg.critic_warmup_steps:
+    if learner.step < cfg.critic_warmup_steps:
         actor = 0.0 * actor  # not left out: every parameter must take part in the ranks' gradient exchange
     stats = {
         **policy_stats,
@@ -404,25 +409,6 @@ def ppo_loss(
         "max_ratio_deviation": max_ratio_deviation(logprobs_BT, part.logprobs_BT, mask_BT),
     }
     return actor + cfg.value_coef * value, stats
-
-
-def ptx_texts(ptx: Sequence[Rollout], nth: int, count: int, cfg: PPOStage, runtime: Runtime) -> list[Rollout]:
-    """This rank's pretraining texts for the run's `nth` optimizer step: other ones each time, all of them in turn."""
-    if not ptx:
-        return []
-    rows = rows_for_step(
-        nth, min(count, len(ptx)), len(ptx), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size
-    )
-    return [ptx[i] for i in rows]
-
-
-def ptx_loss(actor_critic: Any, texts: Sequence[Rollout], cfg: PPOStage, runtime: Runtime) -> Tensor:
-    """`ptx_coef` x mean negative log-likelihood of pretraining texts (Ouyang 2022, equation 2)."""
-    batch = RolloutBuffer(texts).batch(runtime.device)
-    with runtime.autocast():
-        logprobs_BT, _, values_BT = actor_critic(batch.tokens_BT, batch.attention_mask_BT, batch.action_mask_BT)
-    denominator = runtime.denominator(int(batch.action_mask_BT.sum()))
-    return -cfg.ptx_coef * masked_sum(logprobs_BT, batch.action_mask_BT) / denominator + 0.0 * values_BT.sum()
 
 
 # --- small helpers ----------------------------------------------------------------------------------------

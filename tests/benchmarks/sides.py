@@ -28,8 +28,8 @@ class Side:
 
 SIDES = {
     "separate": Side("four models, full", (), "same"),
-    "lora": Side("one base, LoRA per role", ("sharing=lora",), "other"),
-    "hydra": Side("one trunk, top layers per role", ("sharing=hydra",), "other"),
+    "lora": Side("one base, LoRA per role", ("sharing=lora", "tuning.kind=lora"), "other"),
+    "hydra": Side("one trunk, top layers per role", ("sharing=hydra", "tuning.layers=6"), "other"),
 }
 
 

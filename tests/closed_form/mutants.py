@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from rlhf.models import roles
 from rlhf.models.policy import Policy
 from rlhf.models.value import Critic
 from rlhf.stages import ppo
+from rlhf.types import RolloutBatch
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 KL_AS_LOSS = {"kind": "fixed", "coef": 0.5, "place": "loss", "estimator": "k2"}
@@ -142,12 +143,12 @@ def reference_becomes(change: Callable[[Any], Tensor]) -> Patch:
 
 
 def after(name: str, change: Callable[[Any], None]) -> Patch:
-    """`change(batch)` after a function of the stage that fills in or returns the batch."""
+    """`change(batch)` after a function of the stage that returns or is given the batch."""
 
     def mutate(original: Any) -> Any:
         def mutated(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            change(args[0] if result is None else result)
+            change(next(x for x in (result, *args) if isinstance(x, RolloutBatch)))
             return result
 
         return mutated
@@ -179,6 +180,7 @@ class OtherSampler:
     def __init__(self, lm: Any, change: Callable[[Tensor], Tensor]) -> None:
         self.lm, self.change = lm, change
         self.config, self.device = lm.config, lm.device
+        self.get_output_embeddings = lm.get_output_embeddings
 
     def __call__(self, **kwargs: Any) -> Any:
         output = self.lm(**kwargs)
@@ -227,6 +229,16 @@ def called_at_temperature_1(name: str, *, model: int) -> Patch:
         return mutated
 
     return replaced(name, mutate)
+
+
+def updated_at_temperature_1(original: Any) -> Any:
+    """The update's forward without the configured temperature."""
+
+    def mutated(learner: Any, part: Any) -> Any:
+        sampling = learner.cfg.sampling.model_copy(update={"temperature": 1.0})
+        return original(replace(learner, cfg=learner.cfg.model_copy(update={"sampling": sampling})), part)
+
+    return mutated
 
 
 def untempered(original: Any) -> Any:
@@ -375,7 +387,7 @@ BUGS = [
     bug("clipped term with the wrong sign", larger_of(lambda a, b: torch.max(a, -b))),
     bug("entropy bonus", entropy_coef=0.05, whiten_advantages=False),
     bug("old log-probabilities of another row", after("evaluate_rollouts", rolled_logprobs)),
-    bug("update at temperature 1", called_at_temperature_1("ppo_loss", model=0)),
+    bug("update at temperature 1", replaced("forward", updated_at_temperature_1)),
     bug("training at temperature 1", replaced("forward", untempered, Policy)),
     bug("dropout", replaced("forward", with_dropout, Policy)),
     # The sampler

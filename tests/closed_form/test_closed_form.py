@@ -97,7 +97,7 @@ def test_sampled_metrics_are_the_enumerated_values(table: Experiment) -> None:
     assert last["objective/kl"] == pytest.approx(exact_kl(table.policy_R, table.reference_R), abs=0.15)
     assert last["objective/scores_penalised"] == pytest.approx(float(table.policy_R.exp() @ rewards_R), abs=0.15)
     assert last["val/sampler_gap"] < 1e-6
-    assert last["val/explained_var"] > 0.95
+    assert fmean(line["val/explained_var"] for line in table.metrics[-20:]) > 0.9
 
 
 def test_transformer_reaches_the_optimum() -> None:

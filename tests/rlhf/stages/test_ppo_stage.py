@@ -18,8 +18,10 @@ from rlhf.config import dump
 from rlhf.errors import CheckpointError, InvariantError
 from rlhf.models.load import load_causal_lm
 from rlhf.models.policy import ActorCritic, Policy
+from rlhf.rollout import ptx as ptx_texts
 from rlhf.rollout.buffer import RolloutBuffer
 from rlhf.runs import RunOptions
+from rlhf.runtime import Runtime
 from rlhf.stages import ppo
 
 METRICS = {
@@ -321,6 +323,21 @@ def test_another_reference_is_no_error(run: Any, tiny: Any, tmp_path: Path) -> N
     assert lines[0]["objective/kl_k3"] > 0
 
 
+def test_the_first_update_reuses_the_forward_of_the_scoring(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same training from one forward less a step, but for step 0, whose first ratio is checked."""
+    forward, calls = ppo.forward, []
+    monkeypatch.setattr(ppo, "forward", lambda *args: calls.append(args) or forward(*args))
+    a, lines = run("kept", steps=3, epochs=2, micro_batch_size=8)
+    assert len(calls) == 2 + 1 + 1
+    monkeypatch.setattr(Runtime, "is_alone", False)
+    b, anew = run("anew", steps=3, epochs=2, micro_batch_size=8)
+    assert len(calls) == 4 + 6
+    assert untimed(lines) == untimed(anew)
+    assert same(a / "final", b / "final")
+    run("in parts", steps=2, epochs=1, micro_batch_size=4)
+    assert len(calls) == 10 + 4
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
     """NaN in the loss of the given calls of `ppo_loss`."""
     loss_of, count = ppo.ppo_loss, iter(range(10_000))
@@ -426,7 +443,7 @@ def test_ptx_rows_differ_between_the_steps_of_a_batch(
 ) -> None:
     """12 texts, 4 optimizer steps, 4 rows each: one and the same four would be learned by heart."""
     seen: list[tuple[int, ...]] = []
-    rows_for_step = ppo.rows_for_step
+    rows_for_step = ptx_texts.rows_for_step
 
     def spied(step: int, count: int, rows: int, **kwargs: Any) -> list[int]:
         picks = rows_for_step(step, count, rows, **kwargs)
@@ -434,7 +451,7 @@ def test_ptx_rows_differ_between_the_steps_of_a_batch(
             seen.append(tuple(picks))
         return picks
 
-    monkeypatch.setattr(ppo, "rows_for_step", spied)
+    monkeypatch.setattr(ptx_texts, "rows_for_step", spied)
     run(steps=1, epochs=2, minibatches=2, ptx={"path": demonstrations_file}, ptx_coef=1.0)
     assert len(seen) == 4
     assert len(set(seen)) > 1
