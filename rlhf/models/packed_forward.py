@@ -8,6 +8,8 @@ name; every other model, and every GPU, goes through transformers.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -121,14 +123,24 @@ def _agrees(backbone: Any) -> bool:
     size = backbone.config.vocab_size
     tokens_BT = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]) % size
     mask_BT = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    with torch.autocast("cpu", enabled=False):
+    with agreed_precision(backbone) as tolerance:
         try:
             ours = packed_hidden_states(backbone, tokens_BT, mask_BT)[mask_BT].float()
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
             return False
         theirs = backbone(input_ids=tokens_BT, use_cache=False).last_hidden_state[mask_BT].float()
-    tolerance = 1e-3 if backbone.dtype == torch.float32 else 0.05
     return float((theirs - ours).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+@contextlib.contextmanager
+def agreed_precision(backbone: Any) -> Iterator[float]:
+    """To compare two ways through a model; yields by how much they may differ, relative to the largest state.
+
+    Trained layers may be float32 over frozen ones in bf16: those multiply in bf16, as they will in the run.
+    """
+    dtypes = {p.dtype for p in backbone.parameters()}
+    with torch.autocast(backbone.device.type, dtype=torch.bfloat16, enabled=len(dtypes) > 1):
+        yield 1e-3 if dtypes == {torch.float32} else 0.05
 
 
 def has_window(config: Any) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import ModelError
+from rlhf.models.packed_forward import agreed_precision
 from rlhf.models.policy import hidden_states
 from rlhf.models.tuning import backbone_of, layers_of
 from rlhf.models.value import ScalarModel
@@ -189,11 +190,11 @@ def _check_split(backbone: Any, trunk: Trunk) -> None:
     """Tried on two ragged rows: some models scale what they are given as embeddings, or hand on more than states."""
     tokens_BT = (torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]) % backbone.config.vocab_size).to(backbone.device)
     mask_BT = torch.tensor([[True] * 4, [True] * 2 + [False] * 2], device=backbone.device)
-    whole = hidden_states(backbone, tokens_BT, mask_BT)[mask_BT].float()
     top = Branch(trunk, _part_of(backbone, trunk.depth, len(backbone.layers), with_norm=True))
-    split = top(tokens_BT, mask_BT)[mask_BT].float()
+    with agreed_precision(backbone) as tolerance:
+        whole = hidden_states(backbone, tokens_BT, mask_BT)[mask_BT].float()
+        split = top(tokens_BT, mask_BT)[mask_BT].float()
     trunk._states.clear()
-    tolerance = 1e-3 if backbone.dtype == torch.float32 else 0.05
     if float((whole - split).abs().max()) > tolerance * float(whole.abs().max()):
         raise _uncuttable(backbone)
 

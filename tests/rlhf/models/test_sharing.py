@@ -14,6 +14,7 @@ from reward_model.model import RewardModel
 from rlhf.errors import ConfigError, ModelError
 from rlhf.models import sharing
 from rlhf.models.load import load_causal_lm
+from rlhf.models.packed_forward import runs_packed
 from rlhf.models.policy import hidden_states
 from rlhf.models.roles import Roles, build_roles
 from rlhf.models.sharing import Trunk
@@ -156,3 +157,12 @@ def test_more_layers_than_there_are_is_an_error(stage_config: Any, runtime: Runt
 def test_contradictions_are_named(stage_config: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         stage_config("ppo", **changes)
+
+
+def test_float32_layers_over_a_frozen_trunk_in_bf16_run_packed(stage_config: Any) -> None:
+    runtime = Runtime.start(seed=0, precision="bf16")
+    roles = build_roles(stage_config("ppo", precision="bf16", **HYDRA), runtime)
+    branch = roles.actor_critic.policy.branch
+    assert isinstance(branch, sharing.Branch)
+    assert runs_packed(branch.part, 8)
+    assert runs_packed(roles.actor_critic.policy.lm.model, 8)
