@@ -29,7 +29,7 @@ class Side:
 SIDES = {
     "separate": Side("four models, full", (), "same"),
     "lora": Side("one base, LoRA per role", ("sharing=lora", "tuning.kind=lora"), "other"),
-    "hydra": Side("one trunk, top layers per role", ("sharing=hydra", "tuning.layers=6"), "other"),
+    "hydra": Side("one trunk, top layers per role", ("sharing=hydra", "tuning.layers=4"), "other"),
 }
 
 
