@@ -8,7 +8,7 @@ nobody uses. Weights are read where they lie, but a decoder and its graphs live 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,10 @@ class _Step:
 class GraphDecoder(LlamaDecoder):
     """`LlamaDecoder` with captured steps; without them, once a capture has failed."""
 
-    def __init__(self, lm: Any, places: int, budget: int, *, capture: Capture | None = None) -> None:
-        super().__init__(lm, rows_bucket(places), budget)
+    def __init__(
+        self, lm: Any, places: int, budget: int, prefix: Sequence[int] = (), *, capture: Capture | None = None
+    ) -> None:
+        super().__init__(lm, rows_bucket(places), budget, prefix)
         self._capture: Capture | None = capture or CudaCapture()
         self._steps: dict[tuple[int, int], _Step] = {}
 

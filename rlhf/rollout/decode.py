@@ -23,6 +23,8 @@ from rlhf.rollout.cuda_graph import GraphDecoder
 from rlhf.rollout.llama import LlamaDecoder
 
 _checked: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_PREFIX_PAYS = 64
+"""Tokens that must be saved: reading a prefix is one more pass over the weights."""
 
 
 class Decoder(Protocol):
@@ -46,15 +48,30 @@ class Decoder(Protocol):
         ...
 
 
-def decoder_for(lm: Any, places: int, budget: int) -> Decoder:
+def decoder_for(lm: Any, places: int, budget: int, prefix: Sequence[int] = ()) -> Decoder:
     """The fastest decoder that this model's logits agree with, for about `places` rows of up to `budget` new tokens.
 
     It holds a copy of the weights where packing them pays: make it anew when they have changed.
+
+    Args:
+        prefix: what all prompts begin with, see `shared_prefix`.
     """
     if not has_llama_shape(lm):
         return TransformersDecoder(lm)
-    kind = GraphDecoder if lm.device.type == "cuda" else LlamaDecoder
-    return kind(lm, places, budget)
+    if lm.device.type == "cuda":  # there a pass over a few tokens costs as much as one over all prompts
+        return GraphDecoder(lm, places, budget)
+    return LlamaDecoder(lm, places, budget, prefix)
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The longest common beginning that leaves every prompt a token of its own; none where reading it does not pay."""
+    if not prompts:
+        return []
+    low, high = list(min(prompts, key=list)), list(max(prompts, key=list))  # all others stand between the two
+    length = min(map(len, prompts)) - 1
+    differing = (i for i in range(length) if low[i] != high[i])
+    prefix = low[: next(differing, max(length, 0))]
+    return prefix if (len(prompts) - 1) * len(prefix) >= _PREFIX_PAYS else []
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

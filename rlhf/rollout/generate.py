@@ -1,8 +1,9 @@
 """Sampling from a causal language model: batched, KV-cached, log-probabilities taken while sampling.
 
-The prompt is read once for all of its completions. Finished rows leave and the next prompts take their places
-(continuous batching). A token is drawn by inverting the cumulative distribution: `torch.multinomial` over 49,152
-entries is an order of magnitude slower. What runs the model, one token at a time, is in `decode.py`.
+A prompt is read once for all of its completions, and what all prompts begin with once for all of them. Finished rows
+leave and the next prompts take their places (continuous batching). A token is drawn by inverting the cumulative
+distribution: `torch.multinomial` over 49,152 entries is an order of magnitude slower. What runs the model, one token at
+a time, is in `decode.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import DataError
-from rlhf.rollout.decode import decoder_for
+from rlhf.rollout.decode import decoder_for, shared_prefix
 from rlhf.rollout.stops import StopStrings
 from rlhf.types import StopReason
 
@@ -135,7 +136,7 @@ def generate(
     # Prompts of similar length are read together, so that little padding is.
     queue = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
     places = max(settings.batch_size, copies)
-    decoder = decoder_for(lm, min(places, len(results)), settings.max_new_tokens)
+    decoder = decoder_for(lm, min(places, len(results)), settings.max_new_tokens, shared_prefix(prompts))
     rows = Rows(settings)
     logits_BV: Tensor | None = None
     while queue or rows.alive:

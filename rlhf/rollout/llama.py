@@ -1,7 +1,8 @@
 """Decoding with models of Llama's shape: a cache of fixed places, a few fused operations per layer.
 
 Every row has a place in the cache. Its tokens stand there from column 0 on, so a row that joins disturbs no other,
-and one that leaves frees its place. Columns that a row has not reached yet are hidden by its bias.
+and one that leaves frees its place. Columns that a row has not reached yet are hidden by its bias. What all prompts
+begin with is read once; its keys and values are copied to every row.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ class LlamaDecoder:
 
     The shape: pre-norm layers of rotary, grouped attention and an MLP, then a norm and the head. The cache of a layer
     is [places, columns, 2 x key heads, D], keys in the first half. Weights are packed when the decoder is made.
+
+    Args:
+        prefix: tokens with which every prompt begins; each has at least one more.
     """
 
     can_admit = True
 
-    def __init__(self, lm: Any, places: int, budget: int) -> None:
+    def __init__(self, lm: Any, places: int, budget: int, prefix: Sequence[int] = ()) -> None:
         self._backbone = getattr(lm, lm.base_model_prefix)
         self._norm = _Norm(self._backbone.norm)
         self._head = product(lm.get_output_embeddings())
@@ -37,6 +41,10 @@ class LlamaDecoder:
         self._caches: list[Tensor] = []
         self._bias_BT = self._like.new_empty(0, 0)
         self._positions_B = torch.zeros(0, dtype=torch.long, device=self._like.device)
+        self._prefix: list[int] = []
+        self._prefix_caches: list[Tensor] = []
+        if prefix:
+            self._read_prefix(list(prefix))
 
     @property
     def rows(self) -> int:
@@ -45,37 +53,64 @@ class LlamaDecoder:
 
     def admit(self, prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
         """See `Decoder`."""
+        shared = len(self._prefix)
+        assert all(list(p[:shared]) == self._prefix and len(p) > shared for p in prompts), "prompts begin otherwise"
         device = self._like.device
-        tokens_PT = pad_right(prompts, 0, torch.long).to(device)
-        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        tokens_PT = pad_right([prompt[shared:] for prompt in prompts], 0, torch.long).to(device)
+        own_P = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
         begin, end = self.rows, self.rows + len(prompts) * copies
         longest = tokens_PT.shape[1]
-        self._reserve(end, longest + self._budget)
+        self._reserve(end, shared + longest + self._budget)
 
-        def attend(i: int, q_NHD: Tensor, kv_NHD: Tensor) -> Tensor:
-            kv_PTHD = kv_NHD.unflatten(0, tokens_PT.shape)
-            self._caches[i][begin:end, :longest] = kv_PTHD.repeat_interleave(copies, 0)
-            keys, values = kv_PTHD.transpose(1, 2).chunk(2, 1)
-            # Padding stands behind the prompt, where causal attention does not look.
-            attended_PHTD = torch.nn.functional.scaled_dot_product_attention(
-                q_NHD.unflatten(0, tokens_PT.shape).transpose(1, 2),
-                keys,
-                values,
-                is_causal=True,
-                scale=self._layers[i].scale,
-                enable_gqa=True,
-            )
-            return attended_PHTD.transpose(1, 2).flatten(2).flatten(0, 1)
+        def write(i: int, kv_PTHD: Tensor) -> Tensor:
+            cache = self._caches[i][begin:end, : shared + longest]
+            if shared:
+                cache[:, :shared] = self._prefix_caches[i]
+            cache[:, shared:] = kv_PTHD.repeat_interleave(copies, 0) if copies > 1 else kv_PTHD
+            return cache[::copies]
 
-        positions_PT = torch.arange(longest, device=device).expand(tokens_PT.shape)
-        x_NH = self._run(tokens_PT, positions_PT, attend)
-        last_PH = x_NH[torch.arange(len(prompts), device=device) * longest + lengths_P - 1]
-        lengths_B = lengths_P.repeat_interleave(copies)
+        x_NH = self._read(tokens_PT, write)
+        last_PH = x_NH[torch.arange(len(prompts), device=device) * longest + own_P - 1]
+        lengths_B = (own_P + shared).repeat_interleave(copies)
         hidden_BT = torch.arange(self._bias_BT.shape[1], device=device) >= lengths_B[:, None]
         self._bias_BT[begin:end] = torch.zeros_like(self._bias_BT[begin:end]).masked_fill_(hidden_BT, -torch.inf)
         self._positions_B = torch.cat((self._positions_B, lengths_B))
         self._end = int(self._positions_B.max())
         return self._head(self._norm(last_PH)).repeat_interleave(copies, 0)
+
+    def _read_prefix(self, prefix: list[int]) -> None:
+        def write(i: int, kv_PTHD: Tensor) -> Tensor:
+            self._prefix_caches.append(kv_PTHD[0].clone())
+            return kv_PTHD
+
+        self._read(torch.tensor([prefix], device=self._like.device), write)
+        self._prefix = prefix
+
+    def _read(self, tokens_PT: Tensor, write: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """All layers on tokens that stand behind the prefix: [P x T, H].
+
+        Args:
+            write: stores a layer's new keys and values [P, T, 2K, D]; gives those to look at, the prefix's before them.
+        """
+        shared, (prompts, longest) = len(self._prefix), tokens_PT.shape
+        columns_T = torch.arange(shared, shared + longest, device=tokens_PT.device)
+        # Padding stands behind the prompt, where causal attention does not look.
+        seen_TW = torch.arange(shared + longest, device=tokens_PT.device) <= columns_T[:, None]
+
+        def attend(i: int, q_NHD: Tensor, kv_NHD: Tensor) -> Tensor:
+            keys, values = write(i, kv_NHD.unflatten(0, (prompts, longest))).transpose(1, 2).chunk(2, 1)
+            attended_PHTD = torch.nn.functional.scaled_dot_product_attention(
+                q_NHD.unflatten(0, (prompts, longest)).transpose(1, 2),
+                keys,
+                values,
+                attn_mask=seen_TW if shared else None,
+                is_causal=not shared,
+                scale=self._layers[i].scale,
+                enable_gqa=True,
+            )
+            return attended_PHTD.transpose(1, 2).flatten(2).flatten(0, 1)
+
+        return self._run(tokens_PT, columns_T.expand(tokens_PT.shape), attend)
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """See `Decoder`."""

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from rlhf.models.load import load_causal_lm
-from rlhf.rollout.decode import TransformersDecoder, decoder_for, has_llama_shape
+from rlhf.rollout import decode
+from rlhf.rollout.decode import TransformersDecoder, decoder_for, has_llama_shape, shared_prefix
 from rlhf.rollout.llama import LlamaDecoder
 
 SHAPE: dict[str, Any] = {
@@ -113,6 +114,68 @@ def test_rows_that_join_and_leave_see_their_own_tokens_only() -> None:
         last = decoder.step(tokens_B) if rows else torch.zeros(0, 60)
     assert not rows
     assert not queue
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_prefix_that_is_read_once_changes_no_logits(copies: int, dtype: torch.dtype) -> None:
+    """With and without: ragged prompts, one of them the prefix and one token; rows that leave and join; a wider cache.
+
+    In float32 also against every row's own sequence read anew.
+    """
+    lm, prefix = model(LLAMAS["qwen3 (norms of queries and keys)"]).to(dtype), [2, 9, 12, 5, 30]
+    batches = [[[*prefix, 7], [*prefix, 8, 9, 10]], [[*prefix, 11, 12], [*prefix, *range(20, 50)]]]
+    decoders = [LlamaDecoder(lm, 3, 9), LlamaDecoder(lm, 3, 9, prefix)]
+    generator = torch.Generator().manual_seed(3)
+    rows: list[list[int]] = []
+    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.25, "rtol": 0.05}
+    logits = [torch.zeros(0, 60, dtype=dtype)] * 2
+    for turn in range(8):
+        if turn in (0, 4):
+            batch = batches.pop(0)
+            rows += [prompt for prompt in batch for _ in range(copies)]
+            logits = [torch.cat((x, d.admit(batch, copies))) for x, d in zip(logits, decoders, strict=True)]
+        torch.testing.assert_close(logits[1], logits[0], **close)
+        if dtype == torch.float32:
+            for row, logits_V in zip(rows, logits[1], strict=True):
+                torch.testing.assert_close(logits_V, lm(torch.tensor([row])).logits[0, -1], **close)
+        tokens_B = torch.randint(0, 60, (len(rows),), generator=generator)
+        rows = [[*row, int(token)] for row, token in zip(rows, tokens_B, strict=True)]
+        if turn == 2:
+            kept = torch.arange(1, len(rows)).flip(0)
+            for decoder in decoders:
+                decoder.keep(kept)
+            rows, tokens_B = [rows[int(i)] for i in kept], tokens_B[kept]
+        logits = [decoder.step(tokens_B) for decoder in decoders]
+
+
+@torch.no_grad()
+def test_a_prompt_without_the_prefix_is_refused() -> None:
+    decoder = LlamaDecoder(model(LLAMAS["llama"]), 2, 2, [2, 9])
+    for prompt in ([2, 8, 7], [2, 9]):
+        with pytest.raises(AssertionError, match="begin otherwise"):
+            decoder.admit([prompt], 1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3, 5]], [1, 2]),
+        ([[1, 2], [1, 2, 3], [1, 2, 4]], [1]),  # the first needs a token of its own
+        ([[1, 2, 3], [1, 2, 3], [1, 2, 3]], [1, 2]),
+        ([[1, 2, 3], [1, 2, 4]], []),  # saves 2 tokens: fewer than 3
+        ([[5, 2, 3], [1, 2, 3], [1, 2, 4]], []),
+        ([[7], [7], [7], [7]], []),
+        ([[1, 2, 3, 4, 5, 6]], []),
+        ([], []),
+    ],
+)
+def test_the_longest_common_beginning(
+    prompts: list[list[int]], shared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_PREFIX_PAYS", 2 if len(prompts) == 3 else 3)
+    assert shared_prefix(prompts) == shared
 
 
 @torch.no_grad()

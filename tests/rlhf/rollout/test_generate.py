@@ -294,3 +294,30 @@ def test_a_constraint_that_allows_nothing_is_an_error(lm: Any) -> None:
 
     with pytest.raises(DataError, match=r"allows no token after \[\d+, \d+\]"):
         sample(lm, PROMPTS, constrain=nothing_after_two)
+
+
+# --- a common beginning ---------------------------------------------------------------------------------------
+
+
+def test_reading_a_common_beginning_once_gives_the_same_answers(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More prompts than places, so that rows join those that are there; the first prompt is the second's beginning."""
+    prompts = [[2, 5, 6, 7, *range(8, 8 + n)] for n in (1, 4, 2, 9, 3, 1, 5)]
+    read: list[int] = []
+    whole = decode.LlamaDecoder._read
+
+    def counting(self: Any, tokens_PT: torch.Tensor, write: Any) -> torch.Tensor:
+        read.append(tokens_PT.numel())
+        return whole(self, tokens_PT, write)
+
+    monkeypatch.setattr(decode.LlamaDecoder, "_read", counting)
+    found, counts = [], []
+    decode.has_llama_shape(lm)  # it reads, too
+    for pays in (10_000, 1):
+        monkeypatch.setattr(decode, "_PREFIX_PAYS", pays)
+        read.clear()
+        found.append(sample(lm, prompts, batch_size=3, copies=2, max_new_tokens=8))
+        counts.append(sum(read))
+    assert counts[0] - counts[1] >= (len(prompts) - 1) * 4
+    assert [c.tokens for c in found[1]] == [c.tokens for c in found[0]]
+    for one, two in zip(*found, strict=True):
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-5)
