@@ -159,8 +159,11 @@ class LlamaDecoder:
         first, second = sin.chunk(2, -1)
         cos_N1D, sin_N1D = cos.flatten(0, 1)[:, None], torch.cat((-first, second), -1).flatten(0, 1)[:, None]
         x_NH = x_BTH.flatten(0, 1)
-        for i, layer in enumerate(self._layers):
-            x_NH = layer.mlp(layer.attention(x_NH, cos_N1D, sin_N1D, lambda q, kv, i=i: attend(i, q, kv)))
+        # Without version counters an operation is cheaper. The embeddings stand outside: what they keep (a rotary
+        # embedding may make itself new buffers) would be of no use to training afterwards.
+        with torch.inference_mode():
+            for i, layer in enumerate(self._layers):
+                x_NH = layer.mlp(layer.attention(x_NH, cos_N1D, sin_N1D, lambda q, kv, i=i: attend(i, q, kv)))
         return x_NH
 
     def _reserve(self, rows: int, width: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlhf.errors import DataError
 from rlhf.models.load import load_causal_lm
@@ -321,3 +322,35 @@ def test_reading_a_common_beginning_once_gives_the_same_answers(lm: Any, monkeyp
     assert [c.tokens for c in found[1]] == [c.tokens for c in found[0]]
     for one, two in zip(*found, strict=True):
         assert one.logprobs == pytest.approx(two.logprobs, abs=1e-5)
+
+
+# --- training afterwards --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_has_sampled_trains_as_before(dtype: torch.dtype, rope: str) -> None:
+    """Also where prompts are longer than the model's rotary embedding was made for, so that it makes new buffers."""
+    shape = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8}
+    rope_parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}
+    losses: list[list[float]] = []
+    for samples in (False, True):
+        torch.manual_seed(0)
+        config = LlamaConfig(**shape, **heads, rope_parameters=rope_parameters)
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
+        tokens = torch.tensor([[2, *range(9, 25)]])
+        losses.append([])
+        for _ in range(3):
+            if samples:
+                sample(lm, [[2, 5, 6, *range(7, 7 + n)] for n in (1, 20)], max_new_tokens=4)
+                assert not any(t.is_inference() for t in (*lm.parameters(), *lm.buffers()))
+            loss = lm(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    if rope == "default":  # the dynamic one's frequencies follow the longest text so far
+        assert losses[1] == losses[0]
+    assert losses[1][2] < losses[1][0]
