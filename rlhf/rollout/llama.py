@@ -241,6 +241,7 @@ class _Norm:
     def __call__(self, x_NH: Tensor) -> Tensor:
         if self._eps is None:
             return self._module(x_NH)
-        norm_N1 = torch.linalg.vector_norm(x_NH, 2, -1, keepdim=True, dtype=torch.float32)
+        x32_NH = x_NH.to(torch.float32, copy=True)
+        norm_N1 = torch.linalg.vector_norm(x32_NH, 2, -1, keepdim=True)
         scale_N1 = torch.addcmul(self._eps, norm_N1, norm_N1, value=1 / x_NH.shape[-1]).rsqrt_()
-        return (x_NH.float() * scale_N1).to(x_NH.dtype).mul_(self._module.weight)
+        return x32_NH.mul_(scale_N1).to(x_NH.dtype).mul_(self._module.weight)
