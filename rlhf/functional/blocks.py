@@ -64,6 +64,32 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF), up_grad_NF
 
 
+def add_lora(out_NE: Tensor, x_NH: Tensor, a_RH: Tensor, b_ER: Tensor, scale: float) -> Tensor:
+    """`out + scale * x A' B'` in the dtype of `x`: what an adapter of rank R adds to a product (arXiv:2106.09685)."""
+    return _AddLora.apply(out_NE, x_NH, a_RH, b_ER, scale)
+
+
+class _AddLora(torch.autograd.Function):
+    """With u = x A' and g the gradient: dB = scale g' u     du = scale g B     dA = du' x     dx = du A"""
+
+    @staticmethod
+    def forward(ctx, out_NE, x_NH, a_RH, b_ER, scale):  # type: ignore[override]
+        with torch.autocast(x_NH.device.type, enabled=False):
+            inner_NR = x_NH @ a_RH.to(x_NH.dtype).t()
+            out_NE = torch.addmm(out_NE, inner_NR, b_ER.to(x_NH.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x_NH, inner_NR, a_RH, b_ER)
+        ctx.scale = scale
+        return out_NE
+
+    @staticmethod
+    def backward(ctx, grad_NE):  # type: ignore[override]
+        x_NH, inner_NR, a_RH, b_ER = ctx.saved_tensors
+        b_grad_ER = (grad_NE.t() @ inner_NR).to(b_ER.dtype).mul_(ctx.scale)
+        inner_grad_NR = (grad_NE @ b_ER.to(grad_NE.dtype)).mul_(ctx.scale)
+        a_grad_RH = (inner_grad_NR.t() @ x_NH).to(a_RH.dtype)
+        return grad_NE, inner_grad_NR @ a_RH.to(x_NH.dtype), a_grad_RH, b_grad_ER, None
+
+
 @dataclass(frozen=True)
 class AttentionLayout:
     """Where N packed tokens stand in B rows of T places, what they see, and how far they are rotated.

@@ -142,6 +142,20 @@ def lora_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
+def plain_adapter(module: nn.Module) -> tuple[nn.Module, torch.Tensor, torch.Tensor, float] | None:
+    """(base layer, A, B, scale) of a linear layer whose one active adapter only adds `scale * x A' B'`; else None."""
+    layer: Any = module
+    if not hasattr(layer, "lora_A") or not isinstance(layer.get_base_layer(), nn.Linear):
+        return None
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name = layer.active_adapters[0]
+    is_plain = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
+    if not is_plain or not isinstance(layer.lora_dropout[name], nn.Identity):
+        return None
+    return layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
 def shared_copy(model: Any) -> Any:
     """The same modules over the same tensors; adapters that are put into `model` later do not reach the copy."""
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})

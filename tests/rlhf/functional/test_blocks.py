@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.functional.blocks import AttentionLayout, attention, rms_norm, swiglu
+from rlhf.functional.blocks import AttentionLayout, add_lora, attention, rms_norm, swiglu
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -49,6 +49,13 @@ def test_rms_norm_without_a_trained_weight_gives_it_no_gradient() -> None:
 def test_swiglu_is_the_plain_formula() -> None:
     given = (drawn(4, 6), drawn(4, 6, seed=1))
     torch.testing.assert_close(gradients(swiglu, *given), gradients(lambda g, u: g * torch.sigmoid(g) * u, *given))
+
+
+def test_an_adapter_adds_its_product() -> None:
+    given = (drawn(5, 4), drawn(5, 6, seed=1), drawn(2, 6, seed=2), drawn(4, 2, seed=3))
+    ours = gradients(lambda out, x, a, b: add_lora(out, x, a, b, 0.7), *given)
+    theirs = gradients(lambda out, x, a, b: out + 0.7 * (x @ a.t() @ b.t()), *given)
+    torch.testing.assert_close(ours, theirs)
 
 
 # --- attention ------------------------------------------------------------------------------------------------

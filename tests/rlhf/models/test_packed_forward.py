@@ -20,6 +20,7 @@ from transformers import (
 from reward_model.packing import pack
 from rlhf.config_schema import TuningConfig
 from rlhf.models import packed_forward
+from rlhf.models.load import load_causal_lm
 from rlhf.models.policy import hidden_states
 from rlhf.models.roles import recompute_activations
 from rlhf.models.tuning import apply_tuning, lora_layers
@@ -164,3 +165,12 @@ def test_other_models_run_through_transformers(name: str) -> None:
 def test_long_rows_run_through_transformers() -> None:
     lm = model(PACKED["llama"])
     assert not packed_forward.runs_packed(lm.model, packed_forward.MAX_WIDTH + 1)
+
+
+@pytest.mark.model
+def test_the_packaged_model_runs_packed_in_bf16_with_and_without_adapters() -> None:
+    lm = load_causal_lm("smollm2-135m", dtype=torch.bfloat16)
+    assert packed_forward.runs_packed(lm.model, 60)
+    adapted = load_causal_lm("smollm2-135m", dtype=torch.bfloat16)
+    apply_tuning(adapted, TuningConfig(kind="lora"), torch.bfloat16)
+    assert packed_forward.runs_packed(adapted.model, 60)
