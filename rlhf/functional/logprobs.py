@@ -93,7 +93,7 @@ def chunked_logprobs_and_entropy(
 
         logits = hidden @ weight.T + bias
 
-    Without `with_entropy` the entropies are 0, for a third less time.
+    Without `with_entropy` the entropies are 0, for a fifth less time.
 
     Each chunk's logits are dropped after the forward and computed again in the backward: peak memory is a few
     times chunk_size * V instead of N * V, for one more product with the head. Equal to the unchunked
@@ -141,8 +141,8 @@ class _Head(torch.autograd.Function):
             z_CV = _scaled_logits(hidden_CH.to(dtype), weight, bias_V, temperature)
             logsumexp_C, entropy_C, weights_CV = _logsumexp_and_entropy(z_CV, with_entropy)
             if is_frozen:
-                mean_CH = (weights_CV.to(dtype) @ weight).float() / weights_CV.sum(-1, keepdim=True)
-                pulls.append(weight[targets_C].float().sub_(mean_CH))
+                mean_CH = at_least_float32(weights_CV.to(dtype) @ weight) / weights_CV.sum(-1, keepdim=True)
+                pulls.append(weight[targets_C] - mean_CH)
             logprobs.append(z_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1) - logsumexp_C)
             entropies.append(entropy_C)
             logsumexps.append(logsumexp_C)

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from rlhf.models.packed_forward import has_window
 from rlhf.rollout.cuda_graph import GraphDecoder
 from rlhf.rollout.llama import LlamaDecoder
 
@@ -154,7 +155,7 @@ def has_llama_shape(lm: Any) -> bool:
 
 def _agrees(lm: Any) -> bool:
     layers = getattr(getattr(lm, getattr(lm, "base_model_prefix", ""), None), "layers", None)
-    if layers is None or _has_window(lm.config):
+    if layers is None or has_window(lm.config):
         return False
     # From all over the vocabulary: after special tokens alone, bf16 is off by more than a wrong decoder would be.
     tokens = [(i + 1) * lm.config.vocab_size // 12 for i in range(10)]
@@ -170,10 +171,3 @@ def _agrees(lm: Any) -> bool:
     theirs, ours = (x - x.mean(1, keepdim=True) for x in logits)  # a shift of all logits changes nothing
     tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
     return float((theirs - ours).norm()) <= tolerance * float(theirs.norm())
-
-
-def _has_window(config: Any) -> bool:
-    """Layers that see a window only would need their own masks."""
-    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []) or bool(
-        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    )

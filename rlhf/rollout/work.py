@@ -14,25 +14,40 @@ from rlhf.types import RolloutBatch
 
 @dataclass(frozen=True)
 class StepWork:
-    """Shapes of the roles, and what of policy and critic is trained; `reward` is None for a programmatic scorer."""
+    """Shapes of the roles, and what of policy and critic is trained.
+
+    Attributes:
+        reward: None for a programmatic scorer.
+        trained_layers: of policy and critic, from the top.
+        trains_weights: False for adapters over frozen weights.
+        trains_head: of the policy; the critic's always learns.
+        has_trunk: what lies below the trained layers is computed once for all roles and epochs (`sharing: hydra`).
+    """
 
     policy: Shape
     critic: Shape
     reference: Shape
     reward: Shape | None
+    trained_layers: int
     trains_weights: bool = True
+    trains_head: bool = True
+    has_trunk: bool = False
 
     @classmethod
     def of(cls, cfg: PPOStage) -> StepWork | None:
         """Of a configuration; None where a model has a shape that cannot be counted."""
         critic = cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model
         try:
+            policy = shape_from_config(cfg.model)
             return cls(
-                policy=shape_from_config(cfg.model),
+                policy=policy,
                 critic=shape_from_config(critic or cfg.model, scalar=True),
                 reference=shape_from_config(cfg.reference or cfg.model),
                 reward=shape_from_config(cfg.reward_model, scalar=True) if cfg.reward_model else None,
+                trained_layers=cfg.tuning.layers or policy.layers,
                 trains_weights=cfg.tuning.kind == "full",
+                trains_head=cfg.tuning.kind == "full" and cfg.tuning.layers is None,
+                has_trunk=cfg.sharing == "hydra",
             )
         except ModelError:
             return None
@@ -44,21 +59,28 @@ class StepWork:
             rows: (prompt tokens, sampled tokens) of every rollout.
             epochs: passes of the update over them; fewer than configured where `target_kl` ended it early.
 
-        Pretraining texts (`ptx`) are not counted.
+        Pretraining texts (`ptx`) are not counted. With a trunk every role is taken to stand on it. The forward of a
+        step's first update is counted, though it may be the scoring's.
         """
         load = causal_load(prompt + sampled for prompt, sampled in rows)
         actions = sum(sampled for _, sampled in rows)
-        score = sum(forward_flops(lm, load, head_positions=actions) for lm in (self.policy, self.reference))
-        score += forward_flops(self.critic, load, head_positions=load.tokens)
-        if self.reward:
-            score += forward_flops(self.reward, load, head_positions=load.tokens)
-        update = training_flops(
-            self.policy,
-            load,
-            head_positions=actions,
-            trains_weights=self.trains_weights,
-            trains_head=self.trains_weights,
-        ) + training_flops(self.critic, load, head_positions=load.tokens, trains_weights=self.trains_weights)
+        heads = [(self.policy, actions), (self.reference, actions), (self.critic, load.tokens)]
+        heads += [(self.reward, load.tokens)] if self.reward else []
+        below = self.policy.layers - self.trained_layers
+        trunk = forward_flops(self.policy, load, head_positions=0, layers=below)
+        own = self.trained_layers if self.has_trunk else None
+        score = sum(forward_flops(shape, load, head_positions=at, layers=own) for shape, at in heads)
+        update = 0 if self.has_trunk else 2 * trunk
+        for shape, at, trains_head in ((self.policy, actions, self.trains_head), (self.critic, load.tokens, True)):
+            update += training_flops(
+                shape,
+                load,
+                head_positions=at,
+                trained_layers=self.trained_layers,
+                trains_weights=self.trains_weights,
+                trains_head=trains_head,
+            )
+        score += trunk if self.has_trunk else 0
         return {
             "generate": float(sampling_flops(self.policy, rows)),
             "score": float(score),

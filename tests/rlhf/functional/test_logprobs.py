@@ -153,6 +153,30 @@ def test_chunks_equal_the_whole_in_values_and_gradients(chunk_size, with_bias):
     torch.testing.assert_close(gradients(chunked), gradients(whole), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_frozen_head_gives_the_states_the_same_gradient(with_bias):
+    hidden_NH, weight_VH, bias_V, targets_N = head()
+    upstream_N = torch.linspace(-1, 1, len(targets_N), dtype=hidden_NH.dtype)
+
+    def gradient(trained, *, with_entropy):
+        hidden, weight = hidden_NH.clone().requires_grad_(), weight_VH.clone().requires_grad_(trained)
+        logprobs_N, entropy_N = chunked_logprobs_and_entropy(
+            hidden,
+            weight,
+            targets_N,
+            temperature=0.8,
+            chunk_size=3,
+            bias_V=bias_V if with_bias else None,
+            with_entropy=with_entropy,
+        )
+        assert bool(entropy_N.any()) == with_entropy
+        return logprobs_N, torch.autograd.grad((upstream_N * logprobs_N).sum(), hidden)[0]
+
+    expected = gradient(True, with_entropy=True)
+    for with_entropy in (True, False):
+        torch.testing.assert_close(gradient(False, with_entropy=with_entropy), expected, rtol=1e-12, atol=1e-12)
+
+
 class LargestResult(TorchDispatchMode):
     """Remembers the size of the largest tensor that any operation returned, in the backward as well."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import LLAMA_SHAPE as SHAPE
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,17 +26,6 @@ from rlhf.models.policy import hidden_states
 from rlhf.models.roles import recompute_activations
 from rlhf.models.tuning import apply_tuning, lora_layers
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-}
 ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 PACKED = {
     "llama": LlamaConfig(**SHAPE),

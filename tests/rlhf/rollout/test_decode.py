@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import LLAMA_SHAPE as SHAPE
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,17 +23,6 @@ from rlhf.rollout import decode
 from rlhf.rollout.decode import TransformersDecoder, decoder_for, has_llama_shape, shared_prefix
 from rlhf.rollout.llama import LlamaDecoder
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-}
 PROMPTS = [[2, 9, 12], [2, 30], [2, 14, 15, 16, 17, 18]]
 
 

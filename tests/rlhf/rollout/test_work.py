@@ -57,6 +57,31 @@ def test_adapters_make_no_gradient_of_the_weights(stage_config: Any, tiny: Any) 
     assert full.flops(ROWS, epochs=1)["update"] - lora.flops(ROWS, epochs=1)["update"] == saved
 
 
+def test_layers_that_are_not_trained_have_no_backward(stage_config: Any, tiny: Any) -> None:
+    """Of two layers the lower one has a forward alone, once per model; the policy's head no gradient of its weights."""
+    full = StepWork.of(stage_config("ppo"))
+    top = StepWork.of(stage_config("ppo", tuning={"kind": "full", "layers": 1}))
+    assert full is not None
+    assert top is not None
+    layer = forward_flops(full.policy, causal_load([8, 9]), head_positions=0, layers=1)
+    head = 2 * full.policy.head_weights * 10
+    before, after = (work.flops(ROWS, epochs=3) for work in (full, top))
+    assert before["update"] - after["update"] == 3 * (2 * 2 * layer + head)
+    assert after["score"] == before["score"]
+
+
+def test_a_trunk_is_read_once_for_all_roles_and_epochs(stage_config: Any, tiny: Any) -> None:
+    tuning = {"kind": "full", "layers": 1}
+    separate = StepWork.of(stage_config("ppo", tuning=tuning))
+    hydra = StepWork.of(stage_config("ppo", tuning=tuning, sharing="hydra"))
+    assert separate is not None
+    assert hydra is not None
+    layer = forward_flops(hydra.policy, causal_load([8, 9]), head_positions=0, layers=1)
+    apart, shared = (work.flops(ROWS, epochs=3) for work in (separate, hydra))
+    assert apart["score"] - shared["score"] == 3 * layer
+    assert apart["update"] - shared["update"] == 3 * 2 * layer
+
+
 def test_padding_is_no_row_length() -> None:
     attention = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
     actions = torch.tensor([[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]).bool()
