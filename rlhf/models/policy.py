@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.functional.logprobs import chunked_logprobs_and_entropy, gather_action_states, scatter_actions
+from rlhf.functional.logprobs import tiled_logprobs_and_entropy, gather_action_states, scatter_actions
 from rlhf.models.packed_forward import Packing, packed_hidden_states, runs_packed
 from rlhf.models.tuning import backbone_of
 
@@ -78,7 +78,7 @@ class Policy(nn.Module):
             states_BTH = hidden_states(backbone_of(self.lm), tokens_BT, attention_mask_BT)
         states_NH = gather_action_states(states_BTH, action_mask_BT)
         head = self.lm.get_output_embeddings()
-        logprobs_N, entropy_N = chunked_logprobs_and_entropy(
+        logprobs_N, entropy_N = tiled_logprobs_and_entropy(
             states_NH,
             head.weight,
             tokens_BT[action_mask_BT],

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.functional.logprobs import (
-    chunked_logprobs_and_entropy,
+    tiled_logprobs_and_entropy,
     gather_action_states,
     logprobs_and_entropy,
     scatter_actions,
@@ -128,9 +128,9 @@ def test_logits_and_targets_must_agree():
         logprobs_and_entropy(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("tile", [(1, 1), (3, 4), (2, 100), (7, 11), (100, 5)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_chunks_equal_the_whole_in_values_and_gradients(chunk_size, with_bias):
+def test_tiles_equal_the_whole_in_values_and_gradients(tile, with_bias):
     hidden_NH, weight_VH, bias_V, targets_N = head()
     inputs = [hidden_NH, weight_VH, bias_V] if with_bias else [hidden_NH, weight_VH]
     weights_N = torch.arange(1.0, 8.0, dtype=torch.float64)
@@ -146,9 +146,7 @@ def test_chunks_equal_the_whole_in_values_and_gradients(chunk_size, with_bias):
         return logprobs_and_entropy(logits_NV, targets_N, temperature=0.8)
 
     def chunked(hidden, weight, bias=None):
-        return chunked_logprobs_and_entropy(
-            hidden, weight, targets_N, temperature=0.8, chunk_size=chunk_size, bias_V=bias
-        )
+        return tiled_logprobs_and_entropy(hidden, weight, targets_N, temperature=0.8, tile=tile, bias_V=bias)
 
     torch.testing.assert_close(gradients(chunked), gradients(whole), rtol=1e-12, atol=1e-12)
 
@@ -160,12 +158,12 @@ def test_a_frozen_head_gives_the_states_the_same_gradient(with_bias):
 
     def gradient(trained, *, with_entropy):
         hidden, weight = hidden_NH.clone().requires_grad_(), weight_VH.clone().requires_grad_(trained)
-        logprobs_N, entropy_N = chunked_logprobs_and_entropy(
+        logprobs_N, entropy_N = tiled_logprobs_and_entropy(
             hidden,
             weight,
             targets_N,
             temperature=0.8,
-            chunk_size=3,
+            tile=(3, 4),
             bias_V=bias_V if with_bias else None,
             with_entropy=with_entropy,
         )
@@ -189,8 +187,8 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-def test_the_full_logits_are_never_made_and_no_chunk_of_them_is_kept():
-    n, vocabulary, chunk_size = 64, 500, 8
+def test_the_full_logits_are_never_made_and_no_tile_of_them_is_kept():
+    n, vocabulary, tile = 64, 500, (8, 500)
     hidden_NH, weight_VH, _, targets_N = head(n=n, vocabulary=vocabulary)
     weight_VH.requires_grad_()
     saved = []
@@ -201,26 +199,40 @@ def test_the_full_logits_are_never_made_and_no_chunk_of_them_is_kept():
 
     with LargestResult() as largest:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            logprobs_N, _ = chunked_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, chunk_size=chunk_size)
+            logprobs_N, _ = tiled_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, tile=tile)
         logprobs_N.sum().backward()
     assert weight_VH.grad.any()
-    assert largest.numel == chunk_size * vocabulary
-    assert max(saved, default=0) < chunk_size * vocabulary
+    assert largest.numel == math.prod(tile)
+    assert max(saved, default=0) < math.prod(tile)
 
 
-def test_chunking_without_any_action_keeps_the_graph():
+def test_tiles_without_any_action_keep_the_graph():
     hidden_NH, weight_VH, _, _ = head()
     weight_VH.requires_grad_()
     no_targets = torch.zeros(0, dtype=torch.long)
-    logprobs_N, entropy_N = chunked_logprobs_and_entropy(hidden_NH[:0], weight_VH, no_targets)
+    logprobs_N, entropy_N = tiled_logprobs_and_entropy(hidden_NH[:0], weight_VH, no_targets)
     assert logprobs_N.shape == entropy_N.shape == (0,)
     logprobs_N.sum().backward()
     assert torch.equal(weight_VH.grad, torch.zeros_like(weight_VH))
 
 
-def test_chunking_refuses_wrong_arguments():
+def test_tiling_refuses_wrong_arguments():
     hidden_NH, weight_VH, _, targets_N = head()
-    with pytest.raises(ValueError, match="chunk_size must be at least 1, not 0"):
-        chunked_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, chunk_size=0)
+    with pytest.raises(ValueError, match=r"at least 1 action and 1 entry, not \(0, 4\)"):
+        tiled_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, tile=(0, 4))
     with pytest.raises(ValueError, match=r"hidden_NH \(7, 5\), targets_N \(6,\)"):
-        chunked_logprobs_and_entropy(hidden_NH, weight_VH, targets_N[:6])
+        tiled_logprobs_and_entropy(hidden_NH, weight_VH, targets_N[:6])
+
+
+def test_a_tile_of_forbidden_entries_changes_nothing():
+    """Forbidden by a bias of -inf: the first tile whole, so that no finite logit has been seen yet."""
+    hidden_NH, weight_VH, bias_V, targets_N = head()
+    long_VH, long_V = torch.cat((weight_VH, weight_VH)), torch.cat((torch.full_like(bias_V, -math.inf), bias_V))
+    hidden_NH.requires_grad_()
+    short = tiled_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, bias_V=bias_V, tile=(3, 11))
+    long = tiled_logprobs_and_entropy(hidden_NH, long_VH, targets_N + 11, bias_V=long_V, tile=(3, 11))
+    torch.testing.assert_close(long, short)
+    gradients = [torch.autograd.grad(sum(x).sum(), hidden_NH)[0] for x in (short, long)]
+    torch.testing.assert_close(*gradients)
+    forbidden, _ = tiled_logprobs_and_entropy(hidden_NH, long_VH, targets_N, bias_V=long_V, tile=(3, 4))
+    assert torch.equal(forbidden, torch.full_like(forbidden, -math.inf))
