@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.functional.logprobs import tiled_logprobs_and_entropy, gather_action_states, scatter_actions
+from rlhf.functional.logprobs import gather_action_states, scatter_actions, tiled_logprobs_and_entropy
 from rlhf.models.packed_forward import Packing, packed_hidden_states, runs_packed
 from rlhf.models.tuning import backbone_of
 

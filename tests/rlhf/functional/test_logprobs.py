@@ -5,10 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.functional.logprobs import (
-    tiled_logprobs_and_entropy,
     gather_action_states,
     logprobs_and_entropy,
     scatter_actions,
+    tiled_logprobs_and_entropy,
 )
 
 MASK_BT = torch.tensor([[False, False, True, True], [False, True, False, True]])
