@@ -66,7 +66,12 @@ def main(cfg: EvaluateStage, options: RunOptions) -> RunResult:
         for name, model in cfg.policies.items():
             policy = runtime.freeze(Policy(load_causal_lm(model, dtype=runtime.dtype)))
             rollouts = sample(name, policy, mine, cfg, runtime, tokenizer, progress)
-            answers[name] = measure(rollouts, policy, reference, base, reward, cfg, runtime)
+            others = Others(
+                reference=policy if model == cfg.reference else reference,
+                base=policy if model == cfg.base else base,
+                reward=reward,
+            )
+            answers[name] = measure(rollouts, policy, others, cfg, runtime)
             steps.advance(1)
     answers = {name: gather(part, runtime) for name, part in answers.items()}
     record = evaluation_record(answers, cfg)
@@ -105,23 +110,28 @@ def sample(
         )
 
 
-def measure(
-    rollouts: list[Rollout],
-    policy: Policy,
-    reference: Policy,
-    base: Policy,
-    reward: RewardModel | None,
-    cfg: EvaluateStage,
-    runtime: Runtime,
-) -> Answers:
+@dataclass(frozen=True)
+class Others:
+    """The models that a policy's answers are held against; a role that it has itself is the policy."""
+
+    reference: Policy
+    base: Policy
+    reward: RewardModel | None
+
+
+def measure(rollouts: list[Rollout], policy: Policy, others: Others, cfg: EvaluateStage, runtime: Runtime) -> Answers:
     """Log-probabilities of the answers under policy, reference and base; gold and reward-model scores."""
     for rollout, gold in zip(rollouts, SCORERS[cfg.scorer](rollouts), strict=True):
         rollout.gold_score = gold
     batch = RolloutBuffer(rollouts).batch(runtime.device)
-    mine, entropy = _sequence_sums(policy, batch, runtime, temperature=cfg.sampling.temperature)
-    theirs, _ = _sequence_sums(reference, batch, runtime, temperature=cfg.sampling.temperature)
-    under_base, _ = _sequence_sums(base, batch, runtime, temperature=1.0)  # perplexity knows no temperature
-    scores = reward(rollouts) if reward else None
+    temperature = cfg.sampling.temperature
+    mine, entropy = _sequence_sums(policy, batch, runtime, temperature=temperature, with_entropy=True)
+    theirs = under_base = mine
+    if others.reference is not policy:
+        theirs, _ = _sequence_sums(others.reference, batch, runtime, temperature=temperature)
+    if others.base is not policy or temperature != 1.0:  # perplexity knows no temperature
+        under_base, _ = _sequence_sums(others.base, batch, runtime, temperature=1.0)
+    scores = others.reward(rollouts) if others.reward else None
     for i, rollout in enumerate(rollouts):
         rollout.score = scores[i] if scores else None
     return Answers(rollouts, (mine - theirs).tolist(), entropy.tolist(), (-under_base).tolist(), scores)
@@ -129,15 +139,19 @@ def measure(
 
 @torch.no_grad()
 def _sequence_sums(
-    model: Policy, batch: RolloutBatch, runtime: Runtime, *, temperature: float
+    model: Policy, batch: RolloutBatch, runtime: Runtime, *, temperature: float, with_entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probability, entropy) of each answer, summed over its tokens, in nats: [B], [B]."""
+    """(log-probability, entropy or 0) of each answer, summed over its tokens, in nats: [B], [B]."""
     logprob_B, entropy_B = torch.zeros(len(batch)), torch.zeros(len(batch))
     for rows in micro_batch_rows(torch.arange(len(batch)), batch.attention_mask_BT.sum(1).cpu(), MICRO_BATCH_SIZE):
         part = batch.select(rows)
         with runtime.autocast():
             logprobs_BT, entropy_BT = model(
-                part.tokens_BT, part.attention_mask_BT, part.action_mask_BT, temperature=temperature
+                part.tokens_BT,
+                part.attention_mask_BT,
+                part.action_mask_BT,
+                temperature=temperature,
+                with_entropy=with_entropy,
             )
         logprob_B[rows] = logprobs_BT.float().sum(1).cpu()
         entropy_B[rows] = entropy_BT.float().sum(1).cpu()

@@ -27,9 +27,9 @@ class Side:
 
 
 SIDES = {
-    "separate": Side("four models, full", (), "same"),
-    "lora": Side("one base, LoRA per role", ("sharing=lora", "tuning.kind=lora"), "other"),
-    "hydra": Side("one trunk, top layers per role", ("sharing=hydra", "tuning.layers=4"), "other"),
+    "separate": Side("four models, full", ("sharing=separate", "tuning={kind: full}"), "same"),
+    "lora": Side("one base, LoRA per role", ("sharing=lora", "tuning={kind: lora}"), "other"),
+    "hydra": Side("one trunk, top layers per role", ("sharing=hydra", "tuning={kind: full, layers: 4}"), "other"),
 }
 
 

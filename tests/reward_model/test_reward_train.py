@@ -62,6 +62,15 @@ def test_the_loss_falls_and_the_held_out_accuracy_is_one(config: Any, metrics_of
     assert not any("lora" in name for name in names)
 
 
+def test_with_layers_the_lower_ones_stay_the_base_models(config: Any, tiny: Any) -> None:
+    """Which is what lets PPO put such a reward model on the policy's trunk."""
+    result = train.main(config(tuning={"kind": "full", "layers": 1}), RunOptions())
+    start = load_file(Path(tiny.path) / "model.safetensors")
+    end = load_file(Path(result.outputs["reward_model"]) / "model.safetensors")
+    changed = {name for name in start if name in end and not torch.equal(start[name], end[name])}
+    assert changed == {name for name in start if "layers.1." in name or name == "model.norm.weight"}
+
+
 def test_the_first_loss_is_that_of_a_coin(config: Any, metrics_of: Any) -> None:
     """-log sigmoid(0) = log 2, as nearly as a new head with small scores can have it."""
     line = metrics_of(train.main(config(optim={"lr": 1e-9}), RunOptions()).run_dir)[0]

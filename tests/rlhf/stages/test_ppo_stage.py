@@ -216,12 +216,20 @@ def test_a_seed_gives_one_run(run: Any) -> None:
     assert not same(a / "final", c / "final")
 
 
-@pytest.mark.parametrize("tuning", [{"kind": "full"}, {"kind": "lora", "rank": 4}], ids=["full", "lora"])
-def test_a_resumed_run_is_the_uninterrupted_one(run: Any, monkeypatch: pytest.MonkeyPatch, tuning: Any) -> None:
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"tuning": {"kind": "full"}},
+        {"tuning": {"kind": "lora", "rank": 4}},
+        {"tuning": {"kind": "full", "layers": 1}, "sharing": "hydra"},
+    ],
+    ids=["full", "lora", "hydra"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(run: Any, monkeypatch: pytest.MonkeyPatch, trained: Any) -> None:
     settings = {
         "steps": 5,
         "save_every": 2,
-        "tuning": tuning,
+        **trained,
         "kl": {"coef": 0.05, "target": 0.2, "horizon": 80},
     }
     whole, lines = run("whole", **settings)

@@ -144,3 +144,11 @@ def test_lora_leaves_its_adapter_and_names_modules_that_are_not_there(config: An
     torch.testing.assert_close(adapted, folded, atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="target_modules"):
         sft.main(config(tuning={"kind": "lora", "target_modules": ["nosuch"]}), RunOptions())
+
+
+def test_with_layers_the_top_ones_and_the_norm_change_alone(config: Any, tiny: Any) -> None:
+    result = sft.main(config(tuning={"kind": "full", "layers": 1}, lr=1e-2), RunOptions())
+    start = load_file(Path(tiny.path) / "model.safetensors")
+    end = load_file(Path(result.outputs["model"]) / "model.safetensors")
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed == {name for name in start if "layers.1." in name or name == "model.norm.weight"}
