@@ -4,9 +4,9 @@
     python tests/benchmarks/reward_curves.py runs/plain_language/ppo/config.yaml --draw-only
 
 The first argument is the configuration of a PPO run: here the demo's, after `make demo`. Further keys hold for all
-modes of a call; a mode that wants a learning rate of its own gets a call of its own (README.md). Each mode and seed gets
-a run folder `<out>/<mode>-<seed>`; one that is finished is not run again. A faster architecture is worth its speed
-only if its curve ends where that of the full one ends: this picture belongs beside the second table of README.md.
+modes of a call; a mode that wants a learning rate of its own gets a call of its own (README.md). Each mode and seed
+gets a run folder `<out>/<mode>-<seed>`; one that is finished is not run again. A faster architecture is worth its
+speed only if its curve ends where that of the full one ends: this picture belongs beside the second table of README.md.
 """
 
 from __future__ import annotations
