@@ -107,6 +107,7 @@ class Roles:
     critic_handle: Any
     share: Share = keep_apart
     """Makes a further scalar model (the reward model) use what the roles have in common."""
+    trunk: Trunk | None = None
 
     def parameter_groups(self, cfg: PPOStage) -> list[dict[str, Any]]:
         """AdamW groups: policy and critic with their own learning rates."""
@@ -172,6 +173,7 @@ def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:
         policy_handle=policy_handle,
         critic_handle=critic_handle,
         share=share,
+        trunk=trunk,
     )
 
 

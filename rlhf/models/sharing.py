@@ -4,15 +4,15 @@
     policy_backbone = trunk.branch(lm)          # the policy's own top layers over the common trunk
     critic_backbone = trunk.branch(classifier)  # its bottom layers must equal the trunk's; they are then given up
 
-The trunk's states of a row never change, so they are computed once and remembered: scoring with reference, critic and
-reward model, and every epoch of the update, go through top layers only.
+The trunk's states of a row never change, so they are remembered from sampling or computed once: scoring with
+reference, critic and reward model, and every epoch of the update, go through top layers only.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -124,8 +124,7 @@ class Trunk:
     @torch.no_grad()
     def states(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Hidden states under the branches, [B, T, H], undefined on padding; computed for new rows only."""
-        rows = [tokens[mask] for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
-        keys = [row.cpu().numpy().tobytes() for row in rows]
+        keys = [_key(tokens[mask]) for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
         new = [i for i, key in enumerate(keys) if key not in self._states]
         found: dict[bytes, Tensor] = {key: self._states[key] for key in keys if key in self._states}
         if new:
@@ -135,6 +134,10 @@ class Trunk:
         out = found[keys[0]].new_zeros(*mask_BT.shape, found[keys[0]].shape[1])
         out[mask_BT] = torch.cat([found[key] for key in keys])
         return out
+
+    def remember(self, tokens: Sequence[int], states_TH: Tensor) -> None:
+        """States of a row that were met elsewhere: decoding runs the same layers, `rlhf.rollout.generate.Tap`."""
+        self._remember({_key(torch.tensor(tokens)): states_TH.to(self._part.embed_tokens.weight.dtype)})
 
     def states_of_packed(self, tokens_BS: Tensor, mask_B1SS: Tensor, positions_BS: Tensor) -> Tensor:
         """The same for rows that hold several answers (`reward_model.packing`); not remembered."""
@@ -165,6 +168,10 @@ class Branch(nn.Module):
         else:
             states_BTH = trunk.states_of_packed(tokens_BT, attention_mask, positions_BT)
         return hidden_states(self.part, tokens_BT, attention_mask, positions_BT, inputs_BTH=states_BTH)
+
+
+def _key(tokens_T: Tensor) -> bytes:
+    return tokens_T.cpu().numpy().tobytes()
 
 
 def _part_of(backbone: Any, start: int, stop: int, *, with_norm: bool) -> Any:

@@ -65,9 +65,16 @@ class GraphDecoder(LlamaDecoder):
     """`LlamaDecoder` with captured steps; without them, once a capture has failed."""
 
     def __init__(
-        self, lm: Any, places: int, budget: int, prefix: Sequence[int] = (), *, capture: Capture | None = None
+        self,
+        lm: Any,
+        places: int,
+        budget: int,
+        prefix: Sequence[int] = (),
+        *,
+        tap: int | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        super().__init__(lm, rows_bucket(places), budget, prefix)
+        super().__init__(lm, rows_bucket(places), budget, prefix, tap=tap)
         self._capture: Capture | None = capture or CudaCapture()
         self._steps: dict[tuple[int, int], _Step] = {}
 

@@ -48,20 +48,25 @@ class Decoder(Protocol):
         """Go on with these rows alone, in this order: row i is what row `rows[i]` was."""
         ...
 
+    def states(self, row: int) -> Tensor | None:
+        """Hidden states at the tap of all tokens that the row has read, [T, H]; None where none are kept."""
+        ...
 
-def decoder_for(lm: Any, places: int, budget: int, prefix: Sequence[int] = ()) -> Decoder:
+
+def decoder_for(lm: Any, places: int, budget: int, prefix: Sequence[int] = (), *, tap: int | None = None) -> Decoder:
     """The fastest decoder that this model's logits agree with, for about `places` rows of up to `budget` new tokens.
 
     It holds a copy of the weights where packing them pays: make it anew when they have changed.
 
     Args:
         prefix: what all prompts begin with, see `shared_prefix`.
+        tap: keep the states that go into this layer, if the decoder can.
     """
     if not has_llama_shape(lm):
         return TransformersDecoder(lm)
     if lm.device.type == "cuda":  # there a pass over a few tokens costs as much as one over all prompts
-        return GraphDecoder(lm, places, budget)
-    return LlamaDecoder(lm, places, budget, prefix)
+        return GraphDecoder(lm, places, budget, tap=tap)
+    return LlamaDecoder(lm, places, budget, prefix, tap=tap)
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -143,6 +148,10 @@ class TransformersDecoder:
         if not self.can_admit:
             self._cache.batch_select_indices(rows)
             self._mask_BT = self._mask_BT[rows]
+
+    def states(self, row: int) -> None:
+        """See `Decoder`."""
+        return None
 
 
 @torch.no_grad()

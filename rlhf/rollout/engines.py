@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config_schema import SamplingConfig
-from rlhf.rollout.generate import Completion, GenerationSettings, Rows, generate
+from rlhf.rollout.generate import Completion, GenerationSettings, Rows, Tap, generate
 from rlhf.rollout.vllm import VllmEngine
 
 
@@ -41,18 +41,19 @@ class Engine(Protocol):
         ...
 
 
-def engine_for(sampling: SamplingConfig, lm: Any, name: str) -> Engine:
+def engine_for(sampling: SamplingConfig, lm: Any, name: str, *, tap: Tap | None = None) -> Engine:
     """The engine that the configuration asks for.
 
     Args:
         lm: the model, for engines in this process.
         name: under which a server knows it.
+        tap: see `rlhf.rollout.generate`; the native engine alone has states to give.
     """
     if sampling.engine == "vllm":
         server = sampling.server[name] if isinstance(sampling.server, dict) else sampling.server
         assert server is not None, "checked with the configuration"
         return VllmEngine(server, name, context=_context(lm))
-    return NativeEngine(lm) if sampling.engine == "native" else TransformersEngine(lm)
+    return NativeEngine(lm, tap) if sampling.engine == "native" else TransformersEngine(lm)
 
 
 def _context(lm: Any) -> int | None:
@@ -62,8 +63,8 @@ def _context(lm: Any) -> int | None:
 class NativeEngine:
     """`rlhf.rollout.generate`."""
 
-    def __init__(self, lm: Any) -> None:
-        self._lm, self.context = lm, _context(lm)
+    def __init__(self, lm: Any, tap: Tap | None = None) -> None:
+        self._lm, self.context, self._tap = lm, _context(lm), tap
 
     def generate(
         self,
@@ -75,7 +76,9 @@ class NativeEngine:
         on_tokens: Callable[[int], None] = lambda n: None,
     ) -> list[Completion]:
         """See `Engine`."""
-        return generate(self._lm, prompts, settings, generator=generator, copies=copies, on_tokens=on_tokens)
+        return generate(
+            self._lm, prompts, settings, generator=generator, copies=copies, on_tokens=on_tokens, tap=self._tap
+        )
 
 
 class TransformersEngine:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ _LEAVE_ROWS, _LEAVE_SHARE = 8, 4
 """Finished rows leave once there are 8, or a quarter of all: products take multiples of 8 rows in less time."""
 _JOIN_SHARE = 5
 """Prompts join once this part of the places is free: reading a few at a time costs more than a few idle places."""
+
+
+class Tap(Protocol):
+    """Whoever wants the hidden states of what is sampled: they are on their way through the model anyway."""
+
+    depth: int
+    """The states that go into this layer."""
+
+    def remember(self, tokens: Sequence[int], states_TH: Tensor) -> None:
+        """The states of a finished row: the prompt's and all sampled tokens'."""
+        ...
 
 
 Constraint = Callable[[list[list[int]], Tensor], Tensor]
@@ -123,6 +134,7 @@ def generate(
     generator: torch.Generator,
     copies: int = 1,
     on_tokens: Callable[[int], None] = lambda n: None,
+    tap: Tap | None = None,
 ) -> list[Completion]:
     """Sample `copies` completions of each prompt; result `[i * copies + k]` is the k-th of prompt i.
 
@@ -131,12 +143,20 @@ def generate(
         prompts: token ids, at least one each.
         generator: of the model's device; the only source of chance.
         on_tokens: told the number of new tokens after every decoding step.
+        tap: is given the hidden states of every row, if our own code decodes the model. It changes no draw.
     """
     results = [Completion() for _ in range(len(prompts) * copies)]
     # Prompts of similar length are read together, so that little padding is.
     queue = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
     places = max(settings.batch_size, copies)
-    decoder = decoder_for(lm, min(places, len(results)), settings.max_new_tokens, shared_prefix(prompts))
+    decoder = decoder_for(
+        lm,
+        min(places, len(results)),
+        settings.max_new_tokens,
+        shared_prefix(prompts),
+        tap=tap.depth if tap else None,
+    )
+    prompt_of = {id(answer): prompts[i // copies] for i, answer in enumerate(results)}
     rows = Rows(settings)
     logits_BV: Tensor | None = None
     while queue or rows.alive:
@@ -148,11 +168,15 @@ def generate(
         assert logits_BV is not None, "there are rows, or a decoder without rows admits some"
         tokens_B, *measured = sample_tokens(rows.constrained(logits_BV), settings.temperature, generator)
         on_tokens(rows.record(tokens_B, *measured))
-        if len(rows) - rows.alive >= min(_LEAVE_ROWS, len(rows) / _LEAVE_SHARE):
+        if rows.idle >= min(_LEAVE_ROWS, len(rows) / _LEAVE_SHARE):
             kept = torch.tensor(rows.leave(), dtype=torch.long, device=tokens_B.device)
             decoder.keep(kept)
             tokens_B = tokens_B[kept]
-        logits_BV = decoder.step(tokens_B) if len(rows) else None
+        logits_BV = decoder.step(tokens_B) if len(rows) and (queue or rows.alive or tap) else None
+        if tap:
+            for i, answer in rows.just_ended:
+                if (states_TH := decoder.states(i)) is not None:
+                    tap.remember([*prompt_of[id(answer)], *answer.tokens], states_TH)
     return results
 
 
@@ -161,10 +185,15 @@ def _worth_joining(free: int, copies: int, places: int) -> bool:
 
 
 class Rows:
-    """The answers that are being written, in the order in which the model sees them."""
+    """The answers that are being written, in the order in which the model sees them.
+
+    One that has ended stays for another step, in which its last token is read: a tap wants that token's states, and
+    rows must not depend on whether there is one, for chance is drawn in their order.
+    """
 
     def __init__(self, settings: GenerationSettings) -> None:
         self._settings = settings
+        self._just_ended: list[int] = []
         self._eos = frozenset(settings.eos_ids)
         self._stops = StopStrings(settings.stop, settings.decode or str)
         self._rows: list[Completion] = []
@@ -177,6 +206,16 @@ class Rows:
     def alive(self) -> int:
         """Rows that have not ended."""
         return len(self._rows) - sum(self.ended)
+
+    @property
+    def idle(self) -> int:
+        """Rows that may leave."""
+        return sum(self.ended) - len(self._just_ended)
+
+    @property
+    def just_ended(self) -> list[tuple[int, Completion]]:
+        """(place, answer) of the rows that ended with the last token recorded."""
+        return [(i, self._rows[i]) for i in self._just_ended]
 
     def join(self, rows: Iterable[Completion]) -> None:
         """Rows behind the others."""
@@ -206,6 +245,7 @@ class Rows:
     def record(self, tokens_B: Tensor, logprobs_B: Tensor, entropies_B: Tensor) -> int:
         """Append to every row that has not ended; how many those were."""
         count = self.alive
+        self._just_ended = []
         columns = zip(self._rows, tokens_B.tolist(), logprobs_B.tolist(), entropies_B.tolist(), strict=True)
         for i, (row, token, logprob, entropy) in enumerate(columns):
             if self.ended[i]:
@@ -218,12 +258,16 @@ class Rows:
             elif self._stops.ended(row.tokens):
                 row.stop = StopReason.STOP
             self.ended[i] = row.stop.finished or len(row.tokens) == self._settings.max_new_tokens
+            if self.ended[i]:
+                self._just_ended.append(i)
         return count
 
     def leave(self) -> list[int]:
-        """Drop rows that have ended; the last ones take their places. The old indices of those that stay."""
-        alive = [i for i, ended in enumerate(self.ended) if not ended]
-        movers = iter(reversed(alive))
-        kept = [next(movers) if ended else i for i, ended in enumerate(self.ended[: len(alive)])]
-        self._rows, self.ended = [self._rows[i] for i in kept], [False] * len(kept)
+        """Drop rows that may leave; the last ones take their places. The old indices of those that stay."""
+        idle = [ended and i not in self._just_ended for i, ended in enumerate(self.ended)]
+        staying = [i for i, is_idle in enumerate(idle) if not is_idle]
+        movers = iter(reversed(staying))
+        kept = [next(movers) if is_idle else i for i, is_idle in enumerate(idle[: len(staying)])]
+        self._rows, self.ended = [self._rows[i] for i in kept], [self.ended[i] for i in kept]
+        self._just_ended = [place for place, i in enumerate(kept) if i in self._just_ended]
         return kept

@@ -28,21 +28,27 @@ class LlamaDecoder:
 
     Args:
         prefix: tokens with which every prompt begins; each has at least one more.
+        tap: also cache the states that go into this layer, for `states`.
     """
 
     can_admit = True
 
-    def __init__(self, lm: Any, places: int, budget: int, prefix: Sequence[int] = ()) -> None:
+    def __init__(
+        self, lm: Any, places: int, budget: int, prefix: Sequence[int] = (), *, tap: int | None = None
+    ) -> None:
         self._backbone = getattr(lm, lm.base_model_prefix)
         self._norm = _Norm(self._backbone.norm)
         self._head = product(lm.get_output_embeddings())
         self._layers = [_Layer(layer) for layer in self._backbone.layers]
         self._places, self._budget, self._like = places, budget, self._backbone.embed_tokens.weight
+        self._tap = tap
+        self._shapes = [(2 * layer.key_heads, layer.head_dim) for layer in self._layers]
+        self._shapes += [] if tap is None else [(self._like.shape[1],)]
         self._caches: list[Tensor] = []
         self._bias_BT = self._like.new_empty(0, 0)
         self._positions_B = torch.zeros(0, dtype=torch.long, device=self._like.device)
         self._prefix: list[int] = []
-        self._prefix_caches: list[Tensor] = []
+        self._prefix_caches: dict[int, Tensor] = {}
         if prefix:
             self._read_prefix(list(prefix))
 
@@ -62,11 +68,11 @@ class LlamaDecoder:
         longest = tokens_PT.shape[1]
         self._reserve(end, shared + longest + self._budget)
 
-        def write(i: int, kv_PTHD: Tensor) -> Tensor:
+        def write(i: int, new_PT: Tensor) -> Tensor:
             cache = self._caches[i][begin:end, : shared + longest]
             if shared:
                 cache[:, :shared] = self._prefix_caches[i]
-            cache[:, shared:] = kv_PTHD.repeat_interleave(copies, 0) if copies > 1 else kv_PTHD
+            cache[:, shared:] = new_PT.repeat_interleave(copies, 0) if copies > 1 else new_PT
             return cache[::copies]
 
         x_NH = self._read(tokens_PT, write)
@@ -79,9 +85,9 @@ class LlamaDecoder:
         return self._head(self._norm(last_PH)).repeat_interleave(copies, 0)
 
     def _read_prefix(self, prefix: list[int]) -> None:
-        def write(i: int, kv_PTHD: Tensor) -> Tensor:
-            self._prefix_caches.append(kv_PTHD[0].clone())
-            return kv_PTHD
+        def write(i: int, new_PT: Tensor) -> Tensor:
+            self._prefix_caches[i] = new_PT[0].clone()
+            return new_PT
 
         self._read(torch.tensor([prefix], device=self._like.device), write)
         self._prefix = prefix
@@ -90,7 +96,8 @@ class LlamaDecoder:
         """All layers on tokens that stand behind the prefix: [P x T, H].
 
         Args:
-            write: stores a layer's new keys and values [P, T, 2K, D]; gives those to look at, the prefix's before them.
+            write: stores what is new in a cache, of a layer keys and values [P, T, 2K, D]; gives all that is to be
+                looked at, the prefix's before it.
         """
         shared, (prompts, longest) = len(self._prefix), tokens_PT.shape
         columns_T = torch.arange(shared, shared + longest, device=tokens_PT.device)
@@ -110,7 +117,10 @@ class LlamaDecoder:
             )
             return attended_PHTD.transpose(1, 2).flatten(2).flatten(0, 1)
 
-        return self._run(tokens_PT, columns_T.expand(tokens_PT.shape), attend)
+        def keep(i: int, x_NH: Tensor) -> None:
+            write(i, x_NH.unflatten(0, (prompts, longest)))
+
+        return self._run(tokens_PT, columns_T.expand(tokens_PT.shape), attend, keep)
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """See `Decoder`."""
@@ -128,16 +138,22 @@ class LlamaDecoder:
         self._bias_BT.view(-1).index_fill_(0, flat_B, 0.0)
         bias_B11T = self._bias_BT[:rows, None, None, :end]
 
+        def write(i: int, new_B: Tensor) -> None:
+            self._caches[i].flatten(0, 1).index_copy_(0, flat_B, new_B)
+
         def attend(i: int, q_NHD: Tensor, kv_NHD: Tensor) -> Tensor:
-            cache = self._caches[i]
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, flat_B, kv_NHD)
-            keys, values = cache[:rows, :end].transpose(1, 2).chunk(2, 1)
+            write(i, kv_NHD)
+            keys, values = self._caches[i][:rows, :end].transpose(1, 2).chunk(2, 1)
             # The heads that share a key are rows of one product.
             return torch.nn.functional.scaled_dot_product_attention(
                 q_NHD.unflatten(1, (keys.shape[1], -1)), keys, values, attn_mask=bias_B11T, scale=self._layers[i].scale
             ).flatten(1)
 
-        return self._head(self._norm(self._run(tokens_B[:, None], columns_B[:, None], attend)))
+        return self._head(self._norm(self._run(tokens_B[:, None], columns_B[:, None], attend, write)))
+
+    def states(self, row: int) -> Tensor | None:
+        """See `Decoder`."""
+        return None if self._tap is None else self._caches[-1][row, : int(self._positions_B[row])].clone()
 
     def keep(self, rows: Tensor) -> None:
         """See `Decoder`."""
@@ -152,8 +168,19 @@ class LlamaDecoder:
                 cache[moved, : self._end] = cache[sources, : self._end]
             self._bias_BT[moved] = self._bias_BT[sources]
 
-    def _run(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
-        """All layers on N = B x T tokens: [N, H]. `attend(i, queries [N, heads, D], keys and values [N, 2K, D])`."""
+    def _run(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        attend: Callable[[int, Tensor, Tensor], Tensor],
+        keep: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """All layers on N = B x T tokens: [N, H].
+
+        Args:
+            attend: (layer, queries [N, heads, D], keys and values [N, 2K, D]) -> [N, E].
+            keep: is given the states [N, H] at `tap`, with the index of their cache.
+        """
         x_BTH = self._backbone.embed_tokens(tokens_BT)
         cos, sin = self._backbone.rotary_emb(x_BTH, positions_BT)
         first, second = sin.chunk(2, -1)
@@ -163,6 +190,8 @@ class LlamaDecoder:
         # embedding may make itself new buffers) would be of no use to training afterwards.
         with torch.inference_mode():
             for i, layer in enumerate(self._layers):
+                if i == self._tap:
+                    keep(len(self._layers), x_NH)
                 x_NH = layer.mlp(layer.attention(x_NH, cos_N1D, sin_N1D, lambda q, kv, i=i: attend(i, q, kv)))
         return x_NH
 
@@ -175,9 +204,9 @@ class LlamaDecoder:
         width = old_width if width <= old_width else max(width, int(old_width * _GROWTH))
         old, self._bias_BT = self._bias_BT, self._like.new_full((rows, width), -torch.inf)
         self._bias_BT[: self.rows, :old_width] = old[: self.rows]
-        for i, layer in enumerate(self._layers):
+        for i, shape in enumerate(self._shapes):
             # zeros, not whatever was there: a hidden column has weight 0, and 0 times NaN is NaN
-            new = self._like.new_zeros(rows, width, 2 * layer.key_heads, layer.head_dim)
+            new = self._like.new_zeros(rows, width, *shape)
             if i < len(self._caches):
                 new[: self.rows, :old_width] = self._caches[i][: self.rows]
                 self._caches[i] = new

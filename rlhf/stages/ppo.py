@@ -148,7 +148,7 @@ def sample_rollouts(
     settings = settings_from(cfg.sampling, roles.eos_ids, decode)
     with roles.sampler.ready() as lm:
         rollouts = collect(
-            engine_for(cfg.sampling, lm, cfg.model),
+            engine_for(cfg.sampling, lm, cfg.model, tap=roles.trunk),
             [prompts[i] for i in rows],
             settings,
             decode=decode,

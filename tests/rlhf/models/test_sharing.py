@@ -92,6 +92,28 @@ def test_a_branch_over_its_trunk_is_the_whole_model(tiny: Any) -> None:
     torch.testing.assert_close(branch(TOKENS, MASK)[MASK], whole)
 
 
+@pytest.mark.parametrize("shared", [HYDRA, HYDRA_LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_the_trunk_reads_no_row_that_our_own_code_sampled(
+    trained: Any, shared: dict[str, Any], engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding took all tokens through the same layers, the last one of an answer included."""
+    read: list[int] = []
+    real = Trunk.states
+
+    def noting(self: Trunk, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        read.extend(
+            sharing._key(tokens[mask]) not in self._states for tokens, mask in zip(tokens_BT, mask_BT, strict=True)
+        )
+        return real(self, tokens_BT, mask_BT)
+
+    monkeypatch.setattr(sharing, "_check_split", lambda backbone, trunk: None)  # reads rows of its own
+    monkeypatch.setattr(Trunk, "states", noting)
+    trained("run", **shared, sampling={"engine": engine, "max_new_tokens": 8})
+    assert len(read) > 16
+    assert any(read) == (engine == "transformers")
+
+
 @torch.no_grad()
 def test_the_trunk_reads_a_row_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = load_causal_lm(tiny.path, dtype=torch.float32)

@@ -27,9 +27,18 @@ def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "_COLUMNS", 8)
 
 
-def sample(lm: Any) -> list[Any]:
+class Notes(dict[tuple[int, ...], torch.Tensor]):
+    """A tap: row -> states."""
+
+    depth = 1
+
+    def remember(self, tokens: list[int], states_TH: torch.Tensor) -> None:
+        self[tuple(tokens)] = states_TH
+
+
+def sample(lm: Any, tap: Notes | None = None) -> list[Any]:
     settings = GenerationSettings((3,), 20, batch_size=6)
-    return generate(lm, PROMPTS, settings, generator=torch.Generator().manual_seed(0), copies=2)
+    return generate(lm, PROMPTS, settings, generator=torch.Generator().manual_seed(0), copies=2, tap=tap)
 
 
 class Plain:
@@ -51,13 +60,16 @@ class Plain:
 
 def test_fixed_shapes_give_the_same_answers(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that fill buckets, hidden columns and runs for a capture change nothing."""
-    plain = sample(lm)
+    plain = sample(lm, of_plain := Notes())
     capture = Plain()
-    monkeypatch.setattr(decode, "LlamaDecoder", lambda *args: GraphDecoder(*args, capture=capture))
-    fixed = sample(lm)
+    monkeypatch.setattr(decode, "LlamaDecoder", lambda *args, **keys: GraphDecoder(*args, **keys, capture=capture))
+    fixed = sample(lm, of_fixed := Notes())
     assert [c.tokens for c in fixed] == [c.tokens for c in plain]
     for one, two in zip(fixed, plain, strict=True):
         assert one.logprobs == pytest.approx(two.logprobs, abs=1e-5)
+    assert of_plain.keys() == of_fixed.keys()
+    for row, states_TH in of_plain.items():
+        torch.testing.assert_close(of_fixed[row], states_TH, atol=1e-5, rtol=1e-4)
     assert capture.replays > 3 * capture.captures > 0
 
 

@@ -216,10 +216,15 @@ def test_rows_that_leave_are_replaced_by_the_last_ones(lm: Any) -> None:
     answers = [Completion() for _ in range(6)]
     rows.join(answers)
     assert rows.record(torch.tensor([3, 7, 3, 7, 3, 7]), torch.zeros(6), torch.zeros(6)) == 6
-    assert (rows.alive, len(rows)) == (3, 6)
+    assert (rows.alive, len(rows), rows.idle) == (3, 6, 0), "their last token has yet to be read"
+    assert rows.leave() == [0, 1, 2, 3, 4, 5]
+    assert rows.record(torch.tensor([8, 8, 8, 3, 8, 8]), torch.zeros(6), torch.zeros(6)) == 3
+    assert (rows.alive, rows.idle) == (2, 3)
+    assert rows.just_ended == [(3, answers[3])]
     assert rows.leave() == [5, 1, 3]
-    assert rows.record(torch.tensor([8, 9, 10]), torch.zeros(3), torch.zeros(3)) == 3
-    assert [a.tokens for a in answers] == [[3], [7, 9], [3], [7, 10], [3], [7, 8]]
+    assert rows.just_ended == [(2, answers[3])]
+    assert rows.record(torch.tensor([9, 10, 11]), torch.zeros(3), torch.zeros(3)) == 2
+    assert [a.tokens for a in answers] == [[3], [7, 8, 10], [3], [7, 3], [3], [7, 8, 9]]
 
 
 # --- entropies, stop strings, constraints -----------------------------------------------------------------------
@@ -322,6 +327,51 @@ def test_reading_a_common_beginning_once_gives_the_same_answers(lm: Any, monkeyp
     assert [c.tokens for c in found[1]] == [c.tokens for c in found[0]]
     for one, two in zip(*found, strict=True):
         assert one.logprobs == pytest.approx(two.logprobs, abs=1e-5)
+
+
+# --- states taken on the way ----------------------------------------------------------------------------------
+
+
+class Notes:
+    """A tap that keeps everything."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.rows: list[tuple[list[int], torch.Tensor]] = []
+
+    def remember(self, tokens: list[int], states_TH: torch.Tensor) -> None:
+        self.rows.append((tokens, states_TH))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("beginning", [[2], [2, 5, 6, 7]], ids=["own prompts", "a common beginning"])
+def test_a_tap_gets_the_states_of_every_row(
+    lm: Any, depth: int, beginning: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few places, so that rows move and caches grow; some answers fill the whole budget. The draws stay the same."""
+    monkeypatch.setattr(decode, "_PREFIX_PAYS", 20)
+    prompts = [[*beginning, *range(9, 10 + i % 5)] for i in range(9)]
+    settings = GenerationSettings((3,), 16, batch_size=6)
+    found = []
+    for tap in (None, notes := Notes(depth)):
+        draws = torch.Generator().manual_seed(0)
+        found.append(generate(lm, prompts, settings, generator=draws, copies=2, tap=tap))
+    assert [c.tokens for c in found[1]] == [c.tokens for c in found[0]]
+    assert {c.stop for c in found[0]} == {StopReason.EOS, StopReason.LENGTH}
+    rows = [[*prompts[i // 2], *c.tokens] for i, c in enumerate(found[0])]
+    assert sorted(tokens for tokens, _ in notes.rows) == sorted(rows)
+    for tokens, states_TH in notes.rows:
+        with torch.no_grad():
+            exact_TH = lm(torch.tensor([tokens]), output_hidden_states=True).hidden_states[depth][0]
+        torch.testing.assert_close(states_TH, exact_TH, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_of_another_shape_has_no_states_to_give(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "has_llama_shape", lambda lm: False)
+    notes = Notes(1)
+    answers = generate(lm, PROMPTS, GenerationSettings((3,), 4), generator=torch.Generator().manual_seed(0), tap=notes)
+    assert len(answers) == len(PROMPTS)
+    assert notes.rows == []
 
 
 # --- training afterwards --------------------------------------------------------------------------------------
