@@ -9,8 +9,8 @@ Letters beside those of `rlhf.types`: N tokens, E = heads * D, D units of a head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,10 @@ def rms_norm(x_NH: Tensor, weight_H: Tensor, eps: float, dtype: torch.dtype) -> 
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With n = x r, r = 1 / sqrt(mean(x^2) + eps), and g the gradient times the weight: dx = r (g - n mean(g n))."""
+    """With r = 1 / sqrt(mean(x^2) + eps) and g the gradient: dx = r g w - x r^3 mean(g w x), dw = sum over N of r g x.
+
+    Both sums are products of one matrix, g x, with a vector.
+    """
 
     @staticmethod
     def forward(ctx, x_NH, weight_H, eps, dtype):  # type: ignore[override]
@@ -35,14 +38,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_NH):  # type: ignore[override]
         x_NH, weight_H, scale_N1 = ctx.saved_tensors
-        normed_NH = x_NH * scale_N1
-        grad_NH = grad_NH.float()
+        x32_NH, grad_NH, weight32_H = x_NH.float(), grad_NH.float(), weight_H.float()
+        product_NH = grad_NH * x32_NH
         weight_grad_H = None
         if ctx.needs_input_grad[1]:
-            weight_grad_H = (grad_NH * normed_NH).sum(0).to(weight_H.dtype)
-        grad_NH = grad_NH * weight_H.float()
-        mean_N1 = torch.linalg.vecdot(grad_NH, normed_NH.float()).unsqueeze(-1).div_(x_NH.shape[-1])
-        x_grad_NH = grad_NH.addcmul_(normed_NH, mean_N1, value=-1).mul_(scale_N1)
+            weight_grad_H = (product_NH.t() @ scale_N1.squeeze(1)).to(weight_H.dtype)
+        mean_N1 = (product_NH @ weight32_H).unsqueeze(1).div_(x_NH.shape[1])
+        # A new tensor: `float` of a float32 gradient is the gradient itself, which others may need.
+        x_grad_NH = (grad_NH * weight32_H).mul_(scale_N1).addcmul_(x32_NH, mean_N1.mul_(scale_N1**3), value=-1)
         return x_grad_NH.to(x_NH.dtype), weight_grad_H, None, None
 
 
@@ -106,6 +109,23 @@ class AttentionLayout:
     sin_ND: Tensor
     place_N: Tensor | None = None
     bias_B1TT: Tensor | None = None
+    _indices: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def indices(self, heads: int) -> tuple[Tensor, Tensor]:
+        """(for every head of every place in [B, heads, T] its token's in [N, heads], and the other way round), flat.
+
+        Empty places get token 0. Every layer asks again, so the answer is kept.
+        """
+        assert self.place_N is not None, "full rows are only transposed"
+        if heads not in self._indices:
+            place_N, head_h = self.place_N, torch.arange(heads, device=self.place_N.device)
+            token_P = place_N.new_zeros(self.rows * self.width)
+            token_P[place_N] = torch.arange(len(place_N), device=place_N.device)
+            token_B1T = token_P.view(self.rows, 1, self.width)
+            row_N1, column_N1 = (place_N // self.width)[:, None], (place_N % self.width)[:, None]
+            of_places = (token_B1T * heads + head_h[:, None]).flatten()
+            self._indices[heads] = of_places, ((row_N1 * heads + head_h) * self.width + column_N1).flatten()
+        return self._indices[heads]
 
 
 def attention(q_NE: Tensor, k_NE: Tensor, v_NE: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
@@ -119,9 +139,11 @@ def attention(q_NE: Tensor, k_NE: Tensor, v_NE: Tensor, layout: AttentionLayout,
 class _Attention(torch.autograd.Function):
     """Forward: PyTorch's flash kernel. Backward: the same formulas (arXiv:2205.14135, section B.4) as plain products.
 
-    With P = exp(scale Q K' - L), L the logsumexp that the forward left, and g the gradient of the output O:
+    With P = exp(scale Q K' - L), L the logsumexp that the forward left, and g the gradient of the output:
 
-        dV = P' g     dS = P * (g V' - rowsum(g * O))     dQ = scale dS K     dK = scale dS' Q
+        dV = P' g     dP = g V'     dS = P * (dP - rowsum(P * dP))     dQ = scale dS K     dK = scale dS' Q
+
+    What stands in empty places is never seen: no later token is, and as queries their L is infinite, so P is 0.
     """
 
     @staticmethod
@@ -134,22 +156,26 @@ class _Attention(torch.autograd.Function):
             out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, bias is None, attn_mask=bias, scale=scale
             )
-        ctx.save_for_backward(q, k, v, out, logsumexp)
+        if layout.place_N is not None:
+            empty_P = torch.ones(layout.rows * layout.width, dtype=torch.bool, device=q.device)
+            empty_P[layout.place_N] = False
+            logsumexp.masked_fill_(empty_P.view(layout.rows, 1, layout.width), torch.inf)
+        ctx.save_for_backward(q, k, v, logsumexp)
         ctx.layout, ctx.scale = layout, scale
         return _to_tokens(out, layout).flatten(1)
 
     @staticmethod
     def backward(ctx, grad_NE):  # type: ignore[override]
-        q, k, v, out, logsumexp = ctx.saved_tensors
+        q, k, v, logsumexp = ctx.saved_tensors
         layout, scale = ctx.layout, ctx.scale
         grad = _to_rows(grad_NE.unflatten(1, (-1, q.shape[-1])), layout)
         groups = k.shape[1]
         q4, grad4 = (_grouped(x, groups) for x in (q, grad))
         k4, v4 = (x.flatten(0, 1) for x in (k, v))
         probs = _probabilities(q4, k4, logsumexp, layout, scale)
-        delta = torch.linalg.vecdot(grad.float(), out.float()).reshape(len(q4), -1, 1)
         v_grad = torch.bmm(probs.to(v.dtype).transpose(1, 2), grad4)
-        scores_grad = torch.bmm(grad4.float(), v4.float().transpose(1, 2)).sub_(delta).mul_(probs).to(q.dtype)
+        probs_grad = torch.bmm(grad4.float(), v4.float().transpose(1, 2))
+        scores_grad = torch.ops.aten._softmax_backward_data(probs_grad, probs, -1, torch.float32).to(q.dtype)
         q_grad = torch.bmm(scores_grad, k4).mul_(scale).view(q.shape)
         k_grad = torch.bmm(scores_grad.transpose(1, 2), q4).mul_(scale).view(k.shape)
         q_grad, k_grad = (_rotate(_to_tokens(x, layout).flatten(1), layout, q.shape[-1], -1) for x in (q_grad, k_grad))
@@ -157,12 +183,15 @@ class _Attention(torch.autograd.Function):
 
 
 def _probabilities(q4: Tensor, k4: Tensor, logsumexp: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
-    """exp(scale Q K' - L), 0 where nothing is seen; float32, [B * groups, G * T, T]."""
-    scores = torch.bmm(q4.float(), k4.float().transpose(1, 2)).mul_(scale)
-    scores.sub_(logsumexp.reshape(len(q4), -1, 1))
+    """exp(scale Q K' - L), 0 where nothing is seen; float32, [B * groups, G * T, T].
+
+    By powers of 2: on a CPU `exp` takes ten times as long where its result is 0, and up here half of them are.
+    """
+    scores = torch.bmm(q4.float(), k4.float().transpose(1, 2)).mul_(scale / math.log(2.0))
+    scores.sub_(logsumexp.reshape(len(q4), -1, 1) / math.log(2.0))
     by_row = scores.view(layout.rows, -1, layout.width, layout.width)
     by_row.add_(_causal_bias(layout) if layout.bias_B1TT is None else layout.bias_B1TT)
-    return scores.exp_()
+    return scores.exp2_()
 
 
 def _causal_bias(layout: AttentionLayout) -> Tensor:
@@ -188,14 +217,18 @@ def _rotate(x_NE: Tensor, layout: AttentionLayout, head_dim: int, sign: int) -> 
 
 
 def _to_rows(x_NhD: Tensor, layout: AttentionLayout) -> Tensor:
-    """[B, heads, T, D], zeros in empty places."""
-    if layout.place_N is not None:
-        full = x_NhD.new_zeros(layout.rows * layout.width, *x_NhD.shape[1:])
-        x_NhD = full.index_copy_(0, layout.place_N, x_NhD)
-    return x_NhD.unflatten(0, (layout.rows, layout.width)).transpose(1, 2).contiguous()
+    """[B, heads, T, D]; in empty places stands any token."""
+    if layout.place_N is None:
+        return x_NhD.unflatten(0, (layout.rows, layout.width)).transpose(1, 2).contiguous()
+    heads, head_dim = x_NhD.shape[1:]
+    of_places, _ = layout.indices(heads)
+    return x_NhD.reshape(-1, head_dim).index_select(0, of_places).view(layout.rows, heads, layout.width, head_dim)
 
 
 def _to_tokens(x_BhTD: Tensor, layout: AttentionLayout) -> Tensor:
     """The inverse: [N, heads, D]."""
-    x_NhD: Any = x_BhTD.transpose(1, 2).flatten(0, 1)
-    return x_NhD if layout.place_N is None else x_NhD.index_select(0, layout.place_N)
+    if layout.place_N is None:
+        return x_BhTD.transpose(1, 2).flatten(0, 1)
+    heads, head_dim = x_BhTD.shape[1], x_BhTD.shape[3]
+    _, of_tokens = layout.indices(heads)
+    return x_BhTD.reshape(-1, head_dim).index_select(0, of_tokens).view(-1, heads, head_dim)
