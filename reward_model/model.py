@@ -13,7 +13,7 @@ from rlhf.checkpoint import export_folder
 from rlhf.models.load import require_same_tokens
 from rlhf.models.sharing import Share, keep_apart
 from rlhf.models.value import NORMALISATION_FILE, ScalarModel, load_scalar_model
-from rlhf.rollout.buffer import pad_right
+from rlhf.rollout.buffer import micro_batch_rows, pad_right
 from rlhf.runtime import Runtime
 from rlhf.types import Rollout
 
@@ -21,10 +21,17 @@ from rlhf.types import Rollout
 class RewardModel:
     """A frozen scalar model as a `RewardFn`: it reads the very tokens that the policy sampled, EOS included."""
 
-    def __init__(self, scalar: ScalarModel, runtime: Runtime, *, micro_batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        scalar: ScalarModel,
+        runtime: Runtime,
+        *,
+        micro_batch_size: int = 16,
+        micro_batch_tokens: int | None = None,
+    ) -> None:
         self._scalar = runtime.freeze(scalar)
         self._runtime = runtime
-        self._micro_batch_size = micro_batch_size
+        self._limits = micro_batch_size, micro_batch_tokens
 
     @classmethod
     def load(
@@ -34,6 +41,7 @@ class RewardModel:
         *,
         tokenizer: Any,
         micro_batch_size: int = 16,
+        micro_batch_tokens: int | None = None,
         share: Share = keep_apart,
     ) -> RewardModel:
         """Load a reward model that shares the policy's tokenizer, and weights where `share` finds equal ones.
@@ -45,7 +53,7 @@ class RewardModel:
         scalar = load_scalar_model(name, dtype=runtime.dtype)
         scalar.requires_grad_(False).to(runtime.device)
         share(scalar)
-        return cls(scalar, runtime, micro_batch_size=micro_batch_size)
+        return cls(scalar, runtime, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Normalised score of each rollout at its last real token."""
@@ -56,10 +64,10 @@ class RewardModel:
         self, rows: Sequence[Sequence[int]], on_rows: Callable[[int], None] = lambda n: None
     ) -> list[float]:
         """Normalised scores of prompt + response token rows; neighbours in length are read together."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.long)
         scores = [0.0] * len(rows)
-        for start in range(0, len(order), self._micro_batch_size):
-            part = order[start : start + self._micro_batch_size]
+        for part_B in micro_batch_rows(torch.arange(len(rows)), lengths_B, *self._limits):
+            part = part_B.tolist()
             tokens_BT, mask_BT = pad_tokens([rows[i] for i in part])
             device = self._runtime.device
             with self._runtime.autocast():

@@ -274,7 +274,10 @@ class PPOStage(StageConfig):
     batch_size: Positive = Field(default=32, description="rollouts per step and process")
     epochs: Positive = 2
     minibatches: Positive = Field(default=1, description="optimizer steps per epoch")
-    micro_batch_size: Positive = Field(default=8, description="rows per forward and backward")
+    micro_batch_size: Positive = Field(default=8, description="rows per forward and backward, at most")
+    micro_batch_tokens: Positive | None = Field(
+        default=None, description="tokens per forward and backward, padding included, at most; a longer row goes alone"
+    )
     optim: OptimConfig = OptimConfig(lr=1e-6)
     critic_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: optim.lr")
     critic_init: Literal["reward_model", "policy"] = "reward_model"

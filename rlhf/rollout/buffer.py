@@ -144,7 +144,26 @@ def minibatch_rows(rows: int, minibatches: int, generator: torch.Generator) -> l
     return list(torch.randperm(rows, generator=generator).tensor_split(minibatches))
 
 
-def micro_batch_rows(rows: Tensor, lengths_B: Tensor, size: int) -> list[Tensor]:
-    """A minibatch cut into parts of at most `size` rows, neighbours in length together to waste little padding."""
+def micro_batch_rows(rows: Tensor, lengths_B: Tensor, size: int, max_tokens: int | None = None) -> list[Tensor]:
+    """A minibatch cut into parts of at most `size` rows, neighbours in length together to waste little padding.
+
+    Args:
+        max_tokens: of a part, its rows x the longest of them; a single row may be longer.
+    """
     ordered = rows[torch.argsort(lengths_B[rows], stable=True)]
-    return list(ordered.split(size))
+    cuts, begin = [], 0
+    for end, longest in enumerate(lengths_B[ordered].tolist()):
+        count = end + 1 - begin
+        if count > 1 and (count > size or count * longest > (max_tokens or torch.inf)):
+            cuts.append(end)
+            begin = end
+    return list(ordered.tensor_split(cuts)) if len(rows) else []
+
+
+def cut_into(parts: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The same rows in `count` parts, no fewer than before: those with most rows are halved."""
+    parts = list(parts)
+    while len(parts) < count:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        parts[largest : largest + 1] = parts[largest].tensor_split(2)
+    return parts

@@ -52,7 +52,8 @@ class PPORun:
         if profiled:
             traced = min(self.first_step + 1, cfg.steps - 1)  # the first one warms up
             shape = self._work.policy if self._work else None
-            self._profile = StepProfile(Path(cfg.run_dir), runtime, traced, cfg.micro_batch_size, shape)
+            limits = cfg.micro_batch_size, cfg.micro_batch_tokens
+            self._profile = StepProfile(Path(cfg.run_dir), runtime, traced, *limits, shape)
 
     @classmethod
     @contextlib.contextmanager

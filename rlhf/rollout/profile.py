@@ -49,6 +49,7 @@ class StepProfile:
         traced_step: 0-based. Tracing slows its step down, so that step is left out of the numbers, as is the first,
             which warms up; a run too short for that reports what it has.
         micro_batch_size: rows of one forward of the update.
+        micro_batch_tokens: its tokens, where they are limited.
         shape: of the policy; None where its work cannot be counted.
     """
 
@@ -56,6 +57,7 @@ class StepProfile:
     runtime: Runtime
     traced_step: int
     micro_batch_size: int
+    micro_batch_tokens: int | None
     shape: Shape | None
     records: list[StepRecord] = field(default_factory=list)
 
@@ -80,6 +82,7 @@ class StepProfile:
         used = _steady(self.records, self.traced_step)
         length = statistics.median(r.read_tokens / r.rows for r in used)
         tokens = max(1, round(length * self.micro_batch_size))
+        tokens = min(tokens, self.micro_batch_tokens or tokens)
         device, dtype = self.runtime.device, self.runtime.dtype
         layer = None if self.shape is None else layer_rate(self.shape, tokens, device, dtype)
         bounds = {"square": square_rate(device, dtype), "layer": layer}

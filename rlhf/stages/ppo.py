@@ -35,7 +35,7 @@ from rlhf.kl_control import MAX_ERROR, AdaptiveKL, FixedKL
 from rlhf.models.roles import Roles, build_roles
 from rlhf.models.tuning import build_optimizer, set_lr
 from rlhf.rollout.assertions import assert_common_start, assert_first_ratio
-from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows, minibatch_rows
+from rlhf.rollout.buffer import RolloutBuffer, cut_into, micro_batch_rows, minibatch_rows
 from rlhf.rollout.collect import collect, missing_eos_penalty, settings_from
 from rlhf.rollout.engines import engine_for
 from rlhf.rollout.ppo_run import PPORun
@@ -107,6 +107,7 @@ def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
         runtime,
         tokenizer=roles.tokenizer,
         micro_batch_size=2 * cfg.micro_batch_size,
+        micro_batch_tokens=2 * cfg.micro_batch_tokens if cfg.micro_batch_tokens else None,
         share=roles.share,
     )
 
@@ -200,9 +201,9 @@ def evaluate_rollouts(
     cfg, runtime = learner.cfg, learner.runtime
     for name in ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT"):
         setattr(batch, name, torch.zeros_like(batch.sampler_logprobs_BT))
-    keeps = learner.step > 0 and runtime.is_alone and len(micro_batches(batch, minibatches[:1], cfg)) == 1
+    keeps = learner.step > 0 and runtime.is_alone and len(micro_batches(batch, minibatches[:1], cfg, runtime)) == 1
     kept = None
-    for i, rows in enumerate(micro_batches(batch, minibatches, cfg)):
+    for i, rows in enumerate(micro_batches(batch, minibatches, cfg, runtime)):
         part = batch.select(rows)
         width = part.tokens_BT.shape[1]
         inputs = (part.tokens_BT, part.attention_mask_BT, part.action_mask_BT)
@@ -218,10 +219,16 @@ def evaluate_rollouts(
     return kept
 
 
-def micro_batches(batch: RolloutBatch, minibatches: Sequence[Tensor], cfg: PPOStage) -> list[Tensor]:
-    """The rows of every forward pass over `minibatches`."""
+def micro_batches(batch: RolloutBatch, minibatches: Sequence[Tensor], cfg: PPOStage, runtime: Runtime) -> list[Tensor]:
+    """The rows of every forward pass over `minibatches`; as many on every rank, for they exchange gradients in each."""
     lengths_B = batch.attention_mask_BT.sum(1).cpu()
-    return [rows for part in minibatches for rows in micro_batch_rows(part, lengths_B, cfg.micro_batch_size)]
+    found = []
+    for rows in minibatches:
+        parts = micro_batch_rows(rows, lengths_B, cfg.micro_batch_size, cfg.micro_batch_tokens)
+        if cfg.micro_batch_tokens and runtime.world_size > 1:
+            parts = cut_into(parts, int(runtime.max(len(parts))))
+        found += parts
+    return found
 
 
 def shape_rewards(batch: RolloutBatch, cfg: PPOStage, runtime: Runtime, *, kl_coef: float) -> None:
@@ -257,9 +264,9 @@ def bootstrap_values(batch: RolloutBatch, actor_critic: Any, cfg: PPOStage, runt
         return None
     values_B = torch.zeros_like(batch.scores_B)
     scalar = runtime.unwrap(actor_critic).critic.scalar
-    truncated = batch.truncated_B.nonzero().squeeze(1)
-    for start in range(0, len(truncated), cfg.micro_batch_size):
-        rows = truncated[start : start + cfg.micro_batch_size]
+    truncated = batch.truncated_B.nonzero().squeeze(1).cpu()
+    lengths_B = batch.attention_mask_BT.sum(1).cpu()
+    for rows in micro_batch_rows(truncated, lengths_B, cfg.micro_batch_size, cfg.micro_batch_tokens):
         part = batch.select(rows)
         with runtime.autocast():
             values_B[rows] = scalar.score_last(part.tokens_BT, part.attention_mask_BT).float()
@@ -335,7 +342,7 @@ def update(
         outputs: the forward's, where `rows` are one micro-batch that has been through it already.
     """
     actor_critic, cfg, runtime = learner.actor_critic, learner.cfg, learner.runtime
-    parts = micro_batches(batch, [rows], cfg)
+    parts = micro_batches(batch, [rows], cfg, runtime)
     denominator = runtime.denominator(int(batch.action_mask_BT[rows].sum()))
     sums: dict[str, Tensor] = {}
     deviation = 0.0

@@ -401,7 +401,13 @@ HARMLESS = [
     harmless("no mutation", "the experiment itself"),
     harmless("lambda 0", "TD errors vanish at the optimum", lam=0.0),
     harmless("lambda 1", "unbiased whatever the critic says", lam=1.0),
-    harmless("advantages not whitened", "a positive factor", whiten_advantages=False),
+    harmless(
+        "advantages not whitened",
+        "a positive factor, which the optimizer's step follows with a delay: more and smaller steps",
+        whiten_advantages=False,
+        steps=60,
+        optim={"lr": 0.04, "betas": (0.8, 0.95), "schedule": "cosine"},
+    ),
     harmless(
         "KL from the sampler's log-probabilities",
         "they are the old ones, up to rounding",

@@ -11,7 +11,7 @@ import torch
 
 from rlhf.data.order import generator_for, row_at, rows_for_step
 from rlhf.errors import DataError
-from rlhf.rollout.buffer import RolloutBuffer, micro_batch_rows, minibatch_rows, pad_right
+from rlhf.rollout.buffer import RolloutBuffer, cut_into, micro_batch_rows, minibatch_rows, pad_right
 from rlhf.types import Rollout, StopReason
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Why? \u2603 "quoted"'}]
@@ -114,15 +114,44 @@ def test_each_epoch_is_a_fresh_permutation() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+LENGTHS = torch.tensor([9, 2, 7, 4, 4, 1, 8])
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
 def test_micro_batches_partition_a_minibatch_by_length(size: int) -> None:
-    lengths = torch.tensor([9, 2, 7, 4, 4, 1, 8])
     rows = torch.tensor([6, 0, 3, 1, 4])
-    cut = micro_batch_rows(rows, lengths, size)
+    cut = micro_batch_rows(rows, LENGTHS, size)
     flat = torch.cat(cut)
     assert sorted(flat.tolist()) == [0, 1, 3, 4, 6]
-    assert lengths[flat].tolist() == [2, 4, 4, 8, 9]
-    assert all(len(part) <= size for part in cut)
+    assert LENGTHS[flat].tolist() == [2, 4, 4, 8, 9]
+    assert [len(part) for part in cut] == [size] * (5 // size) + [5 % size] * (5 % size > 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "max_tokens", "lengths"),
+    [
+        (100, 16, [[2, 4, 4], [8], [9]]),  # 4 x 8 are too many, as are 2 x 9
+        (2, 16, [[2, 4], [4, 8], [9]]),
+        (100, 1, [[2], [4], [4], [8], [9]]),
+        (100, 45, [[2, 4, 4, 8, 9]]),
+        (100, 44, [[2, 4, 4, 8], [9]]),
+    ],
+)
+def test_micro_batches_keep_to_a_number_of_tokens(size: int, max_tokens: int, lengths: list[list[int]]) -> None:
+    """Padding counts; a row that is longer than the limit goes alone."""
+    found = micro_batch_rows(torch.tensor([6, 0, 3, 1, 4]), LENGTHS, size, max_tokens)
+    assert [LENGTHS[part].tolist() for part in found] == lengths
+
+
+def test_no_rows_are_no_micro_batch() -> None:
+    assert micro_batch_rows(torch.tensor([], dtype=torch.long), LENGTHS, 4, None) == []
+
+
+def test_ranks_agree_on_a_number_of_parts() -> None:
+    parts = cut_into([torch.tensor([3, 1, 2]), torch.tensor([0]), torch.tensor([4, 5, 6, 7])], 5)
+    assert [part.tolist() for part in parts] == [[3, 1], [2], [0], [4, 5], [6, 7]]
+    assert len(cut_into(parts, 8)) == 8
+    assert [len(part) for part in cut_into(parts, 3)] == [2, 1, 1, 2, 2], "never fewer"
 
 
 # --- data order -----------------------------------------------------------------------------------------------

@@ -44,12 +44,12 @@ def test_medians_leave_out_the_first_and_the_traced_step(tmp_path: Path, runtime
     monkeypatch.setattr(profile, "layer_rate", lambda shape, tokens, *_: float(tokens))
     shape = Shape(layers=1, layer_weights=4, query_width=1, head_weights=1, matrices=((2, 2),))
     records = [record(0, 90, 1, 99), record(1, 80, 1, 99), record(2, 2, 1, 4), record(3, 4, 1, 6), record(4, 6, 1, 8)]
-    report = StepProfile(tmp_path, runtime, 1, 3, shape, records).report()
+    report = StepProfile(tmp_path, runtime, 1, 3, None, shape, records).report()
     assert report["steps"] == [3, 4, 5]
     assert report["phases"][0]["seconds"] == 4
     assert report["gemm_flops_per_s"] == {"square": 100.0, "layer": 60.0, "layer_tokens": 60}, "3 rows of 20 tokens"
     assert json.loads((tmp_path / PROFILE).read_text()) == report
-    short = StepProfile(tmp_path, runtime, 1, 3, None, records[:2]).report()
+    short = StepProfile(tmp_path, runtime, 1, 3, None, None, records[:2]).report()
     assert short["steps"] == [2], "the traced one, when there is no other"
     assert short["gemm_flops_per_s"]["layer"] is None
 

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from rlhf.cli import app
 from rlhf.config import dump
 from rlhf.errors import CheckpointError, InvariantError
+from rlhf.models import policy, value
 from rlhf.models.load import load_causal_lm
-from rlhf.models.policy import ActorCritic, Policy
+from rlhf.models.policy import ActorCritic, Policy, hidden_states
 from rlhf.rollout import ptx as ptx_texts
 from rlhf.rollout.buffer import RolloutBuffer
 from rlhf.runs import RunOptions
@@ -209,6 +210,29 @@ def test_micro_batches_do_not_change_the_parameters(run: Any) -> None:
         assert distance(folders[0] / name, folders[2] / name) < 1e-6
 
 
+@pytest.mark.parametrize("limit", [1, 40])
+def test_a_limit_of_tokens_does_not_change_the_parameters(
+    run: Any, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores and values of truncated answers keep to it, too."""
+    settings = {"optim": {"lr": 0.1, "eps": 1.0, "max_grad_norm": 1e9}, "bootstrap_truncated": True}
+    whole, _ = run("whole", **settings)
+    read: list[tuple[int, int]] = []
+    real = hidden_states
+
+    def noting(backbone: Any, tokens_BT: torch.Tensor, *args: Any, **keys: Any) -> torch.Tensor:
+        read.append(tuple(tokens_BT.shape))
+        return real(backbone, tokens_BT, *args, **keys)
+
+    for module in (policy, value):
+        monkeypatch.setattr(module, "hidden_states", noting)
+    limited, _ = run("limited", **settings, micro_batch_tokens=limit)
+    assert all(rows == 1 or rows * width <= 2 * limit for rows, width in read)  # scores take twice as many
+    assert {rows for rows, _ in read} == {1} or limit == 40
+    for name in ("final", "critic"):
+        assert distance(whole / name, limited / name) < 1e-6
+
+
 def test_a_seed_gives_one_run(run: Any) -> None:
     (a, lines_a), (b, lines_b), (c, _) = run("a"), run("b"), run("c", seed=1)
     assert untimed(lines_a) == untimed(lines_b)
@@ -301,7 +325,7 @@ def noisy(forward: Any, when: Callable[[], bool]) -> Any:
     def noised(*args: Any, **kwargs: Any) -> Any:
         logprobs, *rest = forward(*args, **kwargs)
         if when():
-            logprobs = logprobs + 1e-3 * torch.randn_like(logprobs) * (logprobs != 0)
+            logprobs = logprobs + 1e-2 * torch.randn_like(logprobs) * (logprobs != 0)
         return (logprobs, *rest)
 
     return noised
