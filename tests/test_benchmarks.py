@@ -115,8 +115,15 @@ def made_up_runs(out: Path) -> None:
             folder = out / f"{mode}-{seed}"
             folder.mkdir(parents=True)
             values = [end * (1 - math.exp(-step / 5)) + 0.1 * seed for step in range(1, 21)]
-            lines = [{"step": i + 1, "episode": 32 * (i + 1), "objective/scores": v} for i, v in enumerate(values)]
+            lines = [
+                {"step": i + 1, "episode": 32 * (i + 1), "objective/scores": v, "objective/kl": 4.0}
+                for i, v in enumerate(values)
+            ]
             (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            config = {"sharing": mode, "tuning": {"kind": "full"}, "reward_model": "r", "optim": {"lr": 1e-4}}
+            rest = {"critic_lr": None, "kl": {"coef": 0.1}, "batch_size": 32, "minibatches": 4, "epochs": 1, "seed": 1}
+            (folder / "config.yaml").write_text(json.dumps({**config, **rest}))
+            (folder / "environment.json").write_text(json.dumps({"git": "abc"}))
 
 
 def test_the_picture_has_a_line_per_seed_and_a_colour_per_mode(load: Any, tmp_path: Path) -> None:
@@ -125,17 +132,28 @@ def test_the_picture_has_a_line_per_seed_and_a_colour_per_mode(load: Any, tmp_pa
     read = {mode: curves.read(mode, tmp_path) for mode in curves.SIDES}
     assert [len(seeds) for seeds in read.values()] == [3, 3, 3]
     assert read["separate"][0][0][0] == 32
-    root = ElementTree.fromstring(curves.draw(read))
+    kl = {mode: curves.read(mode, tmp_path, curves.KL) for mode in read}
+    root = ElementTree.fromstring(curves.draw(read, kl))
     paths = [element.get("class") for element in root.iter() if element.tag.endswith("path")]
     assert paths == ["line tone1"] * 3 + ["line tone2"] * 3 + ["line tone3"] * 3
     text = "".join(root.itertext())
     assert "separate: ends at" in text
     assert "3 seeds" in text
+    assert "KL 4 nats" in text
     assert "episodes" in text
+
+
+def test_the_record_of_the_curves_says_what_was_run(load: Any, tmp_path: Path) -> None:
+    made_up_runs(tmp_path)
+    runs = load("reward_curves").recorded(tmp_path)
+    assert len(runs) == 9
+    run = runs["hydra-2"]
+    assert (run["commit"], run["setting"]["sharing"], run["setting"]["optim"]) == ("abc", "hydra", {"lr": 1e-4})
+    assert (len(run["reward"]), run["reward"][0], run["kl"][0]) == (20, round(1.5 * (1 - math.exp(-0.2)) + 0.2, 4), 4.0)
 
 
 def test_a_legend_by_hand(load: Any) -> None:
     ends = load("reward_curves").ends
     flat = [[(step, value) for step in range(9)] for value in (1.0, 2.0, 6.0)]
-    assert ends("lora", flat) == "lora: ends at 3 (3 seeds, 1 to 6)"
-    assert ends("lora", flat[:1]) == "lora: ends at 1 (1 seed)"
+    assert ends("lora", flat, flat[1:2]) == "lora: ends at 3 (3 seeds, 1 to 6), KL 2 nats"
+    assert ends("lora", flat[:1], flat) == "lora: ends at 1 (1 seed), KL 3 nats"

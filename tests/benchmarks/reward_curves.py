@@ -5,8 +5,9 @@
 
 The first argument is the configuration of a PPO run: here the demo's, after `make demo`. Further keys hold for all
 modes of a call; a mode that wants a learning rate of its own gets a call of its own (README.md). Each mode and seed
-gets a run folder `<out>/<mode>-<seed>`; one that is finished is not run again. A faster architecture is worth its
-speed only if its curve ends where that of the full one ends: this picture belongs beside the second table of README.md.
+gets a run folder `<out>/<mode>-<seed>`; one that is finished is not run again. What is there is drawn into
+`results/reward_curves.svg`, with its numbers beside it. A faster architecture is worth its speed only if its curve ends
+where that of the full one ends: this picture belongs beside the second table of README.md.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from harness import ROOT
+import yaml
+from harness import RESULTS, ROOT, Report, save
 from sides import SIDES, existing
 
 from rlhf.eval.charts import Series, line_chart, number, smoothed_last
 
-METRIC = "objective/scores"
+REWARD, KL = "objective/scores", "objective/kl"
+SETTING = ("tuning", "sharing", "reward_model", "optim", "critic_lr", "kl", "batch_size", "minibatches", "epochs")
+"""Of a run's configuration, what stands beside its numbers."""
 TONES = {name: tone for tone, name in enumerate(SIDES, start=1)}
 
 # What the report's page gives its charts; a picture by itself brings its own.
@@ -55,8 +59,10 @@ def main() -> None:
     curves = {mode: found for mode in args.modes if (found := read(mode, args.out))}
     if not curves:
         parser.error(f"no run in {args.out} has written metrics.jsonl")
-    picture = args.out / "reward_curves.svg"
-    picture.write_text(draw(curves))
+    picture = RESULTS / "reward_curves.svg"
+    kl = {mode: read(mode, args.out, KL) for mode in curves}
+    picture.write_text(draw(curves, kl))
+    save("reward_curves", {"runs": recorded(args.out)}, [])
     print(picture)
 
 
@@ -72,24 +78,38 @@ def run(config: str, mode: str, seed: int, out: Path, overrides: Sequence[str]) 
 Curve = list[tuple[float, float]]
 
 
-def read(mode: str, out: Path) -> list[Curve]:
-    """(episodes, reward) of every step, one curve per seed."""
+def read(mode: str, out: Path, metric: str = REWARD) -> list[Curve]:
+    """(episodes, metric) of every step, one curve per seed."""
     curves = []
     for file in sorted(out.glob(f"{mode}-*/metrics.jsonl")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         if lines:
-            curves.append([(line["episode"], line[METRIC]) for line in lines])
+            curves.append([(line["episode"], line[metric]) for line in lines])
     return curves
 
 
-def draw(curves: Mapping[str, Sequence[Curve]]) -> str:
-    """One line per seed, one colour per mode; the legend says where the modes end."""
+def recorded(out: Path) -> Report:
+    """Of every run: its commit, what of its configuration matters, reward and KL of every step."""
+    runs = {}
+    for file in sorted(out.glob("*/metrics.jsonl")):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        config = yaml.safe_load((file.parent / "config.yaml").read_text())
+        runs[file.parent.name] = {
+            "commit": json.loads((file.parent / "environment.json").read_text())["git"],
+            "setting": {key: config[key] for key in SETTING},
+            **{name: [round(line[key], 4) for line in lines] for name, key in (("reward", REWARD), ("kl", KL))},
+        }
+    return runs
+
+
+def draw(curves: Mapping[str, Sequence[Curve]], kl: Mapping[str, Sequence[Curve]]) -> str:
+    """One line per seed, one colour per mode; the legend says where the modes end, and at which KL."""
     series = [Series(mode, curve, TONES[mode]) for mode, seeds in curves.items() for curve in seeds]
     chart = line_chart(series, title="reward", unit="score", x_unit="episodes")
     legend, top = [], 20
     for mode, seeds in curves.items():
         top += 16
-        legend.append(f'<text class="tone{TONES[mode]}" x="44" y="{top}">{ends(mode, seeds)}</text>')
+        legend.append(f'<text class="tone{TONES[mode]}" x="44" y="{top}">{ends(mode, seeds, kl[mode])}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 360 {top + 208}" width="900">'
         f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#ffffff"/>'
@@ -98,12 +118,13 @@ def draw(curves: Mapping[str, Sequence[Curve]]) -> str:
     )
 
 
-def ends(mode: str, seeds: Sequence[Curve]) -> str:
-    """The smoothed lines' last values: mean and range over the seeds."""
+def ends(mode: str, seeds: Sequence[Curve], kl: Sequence[Curve]) -> str:
+    """The smoothed lines' last values: mean over the seeds, of the reward also the range."""
     last = [smoothed_last(curve) for curve in seeds]
     spread = f", {number(min(last))} to {number(max(last))}" if len(last) > 1 else ""
     count = f"{len(last)} seed{'s' if len(last) > 1 else ''}"
-    return f"{mode}: ends at {number(statistics.fmean(last))} ({count}{spread})"
+    nats = number(statistics.fmean(map(smoothed_last, kl)))
+    return f"{mode}: ends at {number(statistics.fmean(last))} ({count}{spread}), KL {nats} nats"
 
 
 if __name__ == "__main__":
