@@ -116,7 +116,8 @@ class PPORun:
         """Metrics with `time/*` (seconds) and, of all ranks per second, sampled tokens and model FLOPs; a few
         samples; the archive."""
         total = time.perf_counter() - self._began
-        record = self._record(step, total, batch, epochs=metrics["train/updates"] / self.cfg.minibatches)
+        epochs, reused = (metrics[f"train/{name}"] / self.cfg.minibatches for name in ("updates", "reused_forwards"))
+        record = self._record(step, total, batch, epochs=epochs, reused=reused)
         timing = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         episode = (step + 1) * self.cfg.batch_size * self._runtime.world_size
         self._last = {
@@ -139,10 +140,10 @@ class PPORun:
                 path = Path(self.cfg.run_dir) / "rollouts" / f"step_{step + 1:06d}.parquet"
                 RolloutBuffer(archived).to_parquet(path)
 
-    def _record(self, step: int, total: float, batch: RolloutBatch, *, epochs: float) -> StepRecord:
+    def _record(self, step: int, total: float, batch: RolloutBatch, *, epochs: float, reused: float) -> StepRecord:
         """Times of this rank, counts of all."""
         rows = row_lengths(batch)
-        flops = self._work.flops(rows, epochs=epochs) if self._work else {}
+        flops = self._work.flops(rows, epochs=epochs, reused=reused) if self._work else {}
         tokens = [sum(p + s for p, s in rows), sum(s for _, s in rows)]
         counts = torch.tensor([len(rows), *tokens, *flops.values()], dtype=torch.float64)
         summed = self._runtime.sum(counts).tolist()

@@ -74,6 +74,7 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
         "val/clipfrac_avg": sums["value_clipfrac"] / tokens,
         "train/grad_norm": sums["grad_norm"] / max(1.0, sums["updates"] - sums["skipped"]),
         "train/updates": sums["updates"],
+        "train/reused_forwards": sums["reused_forwards"],
         "train/skipped_updates": sums["skipped"],
     }
 

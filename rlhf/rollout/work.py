@@ -22,6 +22,7 @@ class StepWork:
         trains_weights: False for adapters over frozen weights.
         trains_head: of the policy; the critic's always learns.
         has_trunk: what lies below the trained layers is computed once for all roles and epochs (`sharing: hydra`).
+        trunk_is_sampled: that happens while sampling.
     """
 
     policy: Shape
@@ -32,6 +33,7 @@ class StepWork:
     trains_weights: bool = True
     trains_head: bool = True
     has_trunk: bool = False
+    trunk_is_sampled: bool = False
 
     @classmethod
     def of(cls, cfg: PPOStage) -> StepWork | None:
@@ -48,19 +50,20 @@ class StepWork:
                 trains_weights=cfg.tuning.kind == "full",
                 trains_head=cfg.tuning.kind == "full" and cfg.tuning.layers is None,
                 has_trunk=cfg.sharing == "hydra",
+                trunk_is_sampled=cfg.sharing == "hydra" and cfg.sampling.engine == "native",
             )
         except ModelError:
             return None
 
-    def flops(self, rows: Sequence[tuple[int, int]], *, epochs: float) -> dict[str, float]:
+    def flops(self, rows: Sequence[tuple[int, int]], *, epochs: float, reused: float = 0.0) -> dict[str, float]:
         """Model FLOPs of each phase.
 
         Args:
             rows: (prompt tokens, sampled tokens) of every rollout.
             epochs: passes of the update over them; fewer than configured where `target_kl` ended it early.
+            reused: of these passes, how much of a forward was the scoring's own.
 
-        Pretraining texts (`ptx`) are not counted. With a trunk every role is taken to stand on it. The forward of a
-        step's first update is counted, though it may be the scoring's.
+        Pretraining texts (`ptx`) are not counted. With a trunk every role is taken to stand on it.
         """
         load = causal_load(prompt + sampled for prompt, sampled in rows)
         actions = sum(sampled for _, sampled in rows)
@@ -70,8 +73,9 @@ class StepWork:
         trunk = forward_flops(self.policy, load, head_positions=0, layers=below)
         own = self.trained_layers if self.has_trunk else None
         score = sum(forward_flops(shape, load, head_positions=at, layers=own) for shape, at in heads)
-        update = 0 if self.has_trunk else 2 * trunk
+        forward = update = 0 if self.has_trunk else 2 * trunk
         for shape, at, trains_head in ((self.policy, actions, self.trains_head), (self.critic, load.tokens, True)):
+            forward += forward_flops(shape, load, head_positions=at, layers=self.trained_layers)
             update += training_flops(
                 shape,
                 load,
@@ -80,11 +84,11 @@ class StepWork:
                 trains_weights=self.trains_weights,
                 trains_head=trains_head,
             )
-        score += trunk if self.has_trunk else 0
+        score += trunk if self.has_trunk and not self.trunk_is_sampled else 0
         return {
             "generate": float(sampling_flops(self.policy, rows)),
             "score": float(score),
-            "update": float(update * epochs),
+            "update": float(update * epochs - forward * reused),
         }
 
 

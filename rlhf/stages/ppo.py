@@ -364,6 +364,7 @@ def update(
     return {
         **reduced,
         "updates": 1.0,
+        "reused_forwards": float(outputs is not None),
         "skipped": 0.0 if finite else 1.0,
         "grad_norm": norm if finite else 0.0,
         "max_ratio_deviation": deviation,

@@ -33,6 +33,13 @@ def test_full_fine_tuning_is_three_forwards_per_model_and_epoch(stage_config: An
     assert flops["update"] == 3 * epochs * (lm + scalar)
 
 
+def test_a_forward_that_the_scoring_left_is_not_counted_again(stage_config: Any, tiny: Any) -> None:
+    lm, scalar = passes(tiny)
+    work = StepWork.of(stage_config("ppo"))
+    assert work is not None
+    assert work.flops(ROWS, epochs=2, reused=0.25)["update"] == 5.75 * (lm + scalar)
+
+
 def test_sampling_is_one_forward_without_the_last_tokens(stage_config: Any, tiny: Any) -> None:
     work = StepWork.of(stage_config("ppo"))
     assert work is not None
@@ -70,16 +77,21 @@ def test_layers_that_are_not_trained_have_no_backward(stage_config: Any, tiny: A
     assert after["score"] == before["score"]
 
 
-def test_a_trunk_is_read_once_for_all_roles_and_epochs(stage_config: Any, tiny: Any) -> None:
-    tuning = {"kind": "full", "layers": 1}
-    separate = StepWork.of(stage_config("ppo", tuning=tuning))
-    hydra = StepWork.of(stage_config("ppo", tuning=tuning, sharing="hydra"))
+@pytest.mark.parametrize(("engine", "saved"), [("native", 4), ("transformers", 3)])
+def test_a_trunk_is_read_once_for_all_roles_and_epochs(stage_config: Any, tiny: Any, engine: str, saved: int) -> None:
+    """By the native engine while it samples, else in the scoring."""
+    changes = {"tuning": {"kind": "full", "layers": 1}, "sampling": {"engine": engine}}
+    separate = StepWork.of(stage_config("ppo", **changes))
+    hydra = StepWork.of(stage_config("ppo", **changes, sharing="hydra"))
     assert separate is not None
     assert hydra is not None
     layer = forward_flops(hydra.policy, causal_load([8, 9]), head_positions=0, layers=1)
     apart, shared = (work.flops(ROWS, epochs=3) for work in (separate, hydra))
-    assert apart["score"] - shared["score"] == 3 * layer
+    assert apart["score"] - shared["score"] == saved * layer
     assert apart["update"] - shared["update"] == 3 * 2 * layer
+    top = forward_flops(hydra.policy, causal_load([8, 9]), head_positions=10, layers=1)
+    top += forward_flops(hydra.critic, causal_load([8, 9]), head_positions=17, layers=1)
+    assert hydra.flops(ROWS, epochs=3, reused=1.0)["update"] == shared["update"] - top
 
 
 def test_padding_is_no_row_length() -> None:

@@ -364,6 +364,8 @@ def test_the_first_update_reuses_the_forward_of_the_scoring(run: Any, monkeypatc
     monkeypatch.setattr(Runtime, "is_alone", False)
     b, anew = run("anew", steps=3, epochs=2, micro_batch_size=8)
     assert len(calls) == 4 + 6
+    assert [line.pop("train/reused_forwards") for line in lines] == [0, 1, 1]
+    assert [line.pop("train/reused_forwards") for line in anew] == [0, 0, 0]
     assert untimed(lines) == untimed(anew)
     assert same(a / "final", b / "final")
     run("in parts", steps=2, epochs=1, micro_batch_size=4)
