@@ -264,10 +264,11 @@ class Rows:
 
     def leave(self) -> list[int]:
         """Drop rows that may leave; the last ones take their places. The old indices of those that stay."""
-        idle = [ended and i not in self._just_ended for i, ended in enumerate(self.ended)]
+        just_ended = set(self._just_ended)
+        idle = [ended and i not in just_ended for i, ended in enumerate(self.ended)]
         staying = [i for i, is_idle in enumerate(idle) if not is_idle]
         movers = iter(reversed(staying))
         kept = [next(movers) if is_idle else i for i, is_idle in enumerate(idle[: len(staying)])]
         self._rows, self.ended = [self._rows[i] for i in kept], [self.ended[i] for i in kept]
-        self._just_ended = [place for place, i in enumerate(kept) if i in self._just_ended]
+        self._just_ended = [place for place, i in enumerate(kept) if i in just_ended]
         return kept
