@@ -276,7 +276,9 @@ class PPOStage(StageConfig):
     minibatches: Positive = Field(default=1, description="optimizer steps per epoch")
     micro_batch_size: Positive = Field(default=8, description="rows per forward and backward, at most")
     micro_batch_tokens: Positive | None = Field(
-        default=None, description="tokens per forward and backward, padding included, at most; a longer row goes alone"
+        default=None,
+        description="tokens per forward and backward, padding included, at most; a longer row goes alone. The reward "
+        "model, without a backward, takes twice as many; texts of ptx keep to micro_batch_size",
     )
     optim: OptimConfig = OptimConfig(lr=1e-6)
     critic_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: optim.lr")
@@ -320,7 +322,10 @@ class PPOStage(StageConfig):
         if self.critic_init == "reward_model" and self.reward_model is None:
             raise ValueError("critic_init: reward_model needs reward_model; set critic_init: policy")
         if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}; "
+                f"set minibatches to a divisor of {self.batch_size}"
+            )
         if (self.ptx is None) != (self.ptx_coef == 0):
             raise ValueError("ptx and ptx_coef go together; set both or neither")
         if self.kl.kind == "adaptive" and self.kl.coef == 0:

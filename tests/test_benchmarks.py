@@ -92,18 +92,25 @@ def test_rows_of_ppo_and_memory(load: Any) -> None:
     assert [(r["ours"], r["peer"], r["ratio"]) for r in memory] == [(4, 4, 1), (1, 4, 4)]
 
 
-def test_memory_uses_reports_of_the_same_setting_and_commit_alone(load: Any, tmp_path: Path) -> None:
+def test_memory_uses_reports_of_the_same_setting_and_commit_alone(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory, sides = load("bench_memory"), load("sides")
+    monkeypatch.setattr(memory, "machine", lambda: {"commit": "abc"})
     args = argparse.Namespace(sides=["separate"], prompts="equal", epochs=4, updates=1)
     assert memory.reusable(args, tmp_path) is None
     setting = {**sides.setting(args), "updates": 3, "reports": {"separate": reports(2), "peer": reports(1)}}
-    record = {"commit": load("harness").machine()["commit"], "setting": setting}
+    record = {"commit": "abc", "setting": setting}
     file = tmp_path / "ppo_equal_E4.json"
     file.write_text(json.dumps(record))
     assert memory.reusable(args, tmp_path) == setting["reports"]
     for changed in ({**record, "commit": "other"}, {**record, "setting": {**setting, "batch": 1}}):
         file.write_text(json.dumps(changed))
         assert memory.reusable(args, tmp_path) is None
+    file.write_text(json.dumps({**record, "commit": "abc-dirty"}))
+    monkeypatch.setattr(memory, "machine", lambda: {"commit": "abc-dirty"})
+    assert memory.reusable(args, tmp_path) is None, "two dirty trees have one name"
+    monkeypatch.setattr(memory, "machine", lambda: {"commit": "abc"})
     file.write_text(json.dumps(record))
     args.sides = ["separate", "lora"]
     assert memory.reusable(args, tmp_path) is None
@@ -124,6 +131,9 @@ def made_up_runs(out: Path) -> None:
             rest = {"critic_lr": None, "kl": {"coef": 0.1}, "batch_size": 32, "minibatches": 4, "epochs": 1, "seed": 1}
             (folder / "config.yaml").write_text(json.dumps({**config, **rest}))
             (folder / "environment.json").write_text(json.dumps({"git": "abc"}))
+            (folder / "result.json").write_text("{}")
+    (out / "hydra-4").mkdir()
+    (out / "hydra-4" / "metrics.jsonl").write_text("")  # has only begun
 
 
 def test_the_picture_has_a_line_per_seed_and_a_colour_per_mode(load: Any, tmp_path: Path) -> None:

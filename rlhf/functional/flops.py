@@ -91,7 +91,7 @@ def sampling_flops(shape: Shape, rows: Iterable[tuple[int, int]]) -> int:
     """Drawing answers with a cache of keys and values.
 
     Args:
-        rows: (prompt tokens, sampled tokens) of every answer. The last sampled token is read by nobody; every sampled
+        rows: (prompt tokens, sampled tokens) of every answer. The last sampled token need not be read; every sampled
             token needs the head once. Prompts are counted once per answer.
     """
     pairs = list(rows)

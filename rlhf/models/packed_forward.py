@@ -127,7 +127,7 @@ def runs_packed(backbone: Any, width: int) -> bool:
 @torch.no_grad()
 def _agrees(backbone: Any) -> bool:
     """Tried once per model, on a few tokens of ragged rows."""
-    if has_window(backbone.config):
+    if not len(backbone.layers) or has_window(backbone.config):
         return False
     if getattr(backbone.layers[0].mlp, "act_fn", None).__class__.__name__ not in ("SiLU", "SiLUActivation"):
         return False

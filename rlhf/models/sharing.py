@@ -11,6 +11,7 @@ reference, critic and reward model, and every epoch of the update, go through to
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from rlhf.models.policy import hidden_states
 from rlhf.models.tuning import backbone_of, layers_of
 from rlhf.models.value import ScalarModel
 
+_log = logging.getLogger(__name__)
+
 Share = Callable[[ScalarModel], None]
 """Makes a scalar model use what it has in common with the policy, in place."""
 
@@ -33,20 +36,33 @@ def keep_apart(scalar: ScalarModel) -> None:
 
 
 def sharing_of(kind: str, lm: Any, trunk: Trunk | None) -> Share:
-    """`hydra`: a branch over the trunk; `lora`: the policy's tensors in place of equal ones; else `keep_apart`.
+    """`hydra`: a branch over the trunk; `lora`: in place of equal tensors those of the policy, or of a scalar model
+    that came before; else `keep_apart`.
 
-    A model that has nothing in common with the policy is left as it is.
+    A model that has nothing in common with them is left as it is.
     """
     if trunk is not None:
 
         def graft(scalar: ScalarModel) -> None:
             if trunk.is_under(scalar.classifier):
                 scalar.branch = trunk.branch(scalar.classifier)
+                return
+            _log.warning(
+                "%s stays whole: its lowest %d layers are not the policy's. To share them, train it from the policy "
+                "with tuning.layers: %d or fewer.",
+                scalar.classifier.config._name_or_path,
+                trunk.depth,
+                len(layers_of(backbone_of(lm))) - trunk.depth,
+            )
 
         return graft
 
+    known = [lm]
+
     def reuse(scalar: ScalarModel) -> None:
-        share_equal(scalar.classifier, lm)
+        for other in known:
+            share_equal(scalar.classifier, other)
+        known.append(scalar.classifier)
 
     return reuse if kind == "lora" else keep_apart
 

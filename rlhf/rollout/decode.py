@@ -2,7 +2,7 @@
 
     decoder = decoder_for(lm, places, budget)
     logits_BV = decoder.admit(prompts, copies)   # at any time: new rows join those that are there
-    logits_BV = decoder.step(tokens_B)           # at most `budget` times a row
+    logits_BV = decoder.step(tokens_B)           # `budget` times a row; what later steps give it has no meaning
     decoder.keep(rows)                           # those that go on
 
 In a step of one token transformers spends more time on bookkeeping than on products: a longer cache is allocated and

@@ -103,7 +103,9 @@ def draw(weights_BV: Tensor, generator: torch.Generator) -> Tensor:
     block_B1 = _first_beyond(ends_BN, u_B1, sums_BN)
     inner_BW = blocks_BNW.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
     before_B1 = (ends_BN - sums_BN).gather(1, block_B1)
-    return (block_B1 * _BLOCK + _first_beyond(inner_BW.cumsum(1), u_B1 - before_B1, inner_BW)).squeeze(1)
+    # Rounding may leave u before its block: below 0 the first entry would be taken, whatever its weight.
+    rest_B1 = (u_B1 - before_B1).clamp_(min=0.0)
+    return (block_B1 * _BLOCK + _first_beyond(inner_BW.cumsum(1), rest_B1, inner_BW)).squeeze(1)
 
 
 def _first_beyond(ends_BN: Tensor, u_B1: Tensor, weights_BN: Tensor) -> Tensor:
@@ -228,7 +230,7 @@ class Rows:
         Raises:
             DataError: the constraint leaves a row no token.
         """
-        if self._settings.constrain is None:
+        if self._settings.constrain is None or not self.alive:
             return logits_BV
         alive = [i for i, ended in enumerate(self.ended) if not ended]
         given_BV = self._settings.constrain([list(self._rows[i].tokens) for i in alive], logits_BV[alive])

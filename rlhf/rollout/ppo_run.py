@@ -52,7 +52,7 @@ class PPORun:
         if profiled:
             traced = min(self.first_step + 1, cfg.steps - 1)  # the first one warms up
             shape = self._work.policy if self._work else None
-            limits = cfg.micro_batch_size, cfg.micro_batch_tokens
+            limits = min(cfg.micro_batch_size, cfg.batch_size // cfg.minibatches), cfg.micro_batch_tokens
             self._profile = StepProfile(Path(cfg.run_dir), runtime, traced, *limits, shape)
 
     @classmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rlhf.config_schema import PPOStage
 from rlhf.errors import ModelError
-from rlhf.functional.flops import Shape, causal_load, forward_flops, sampling_flops, training_flops
+from rlhf.functional.flops import Load, Shape, causal_load, forward_flops, sampling_flops, training_flops
 from rlhf.models.shape import shape_from_config
 from rlhf.types import RolloutBatch
 
@@ -18,7 +18,7 @@ class StepWork:
 
     Attributes:
         reward: None for a programmatic scorer.
-        trained_layers: of policy and critic, from the top.
+        trained_layers: of policy and critic, from the top; None: all.
         trains_weights: False for adapters over frozen weights.
         trains_head: of the policy; the critic's always learns.
         has_trunk: what lies below the trained layers is computed once for all roles and epochs (`sharing: hydra`).
@@ -29,7 +29,7 @@ class StepWork:
     critic: Shape
     reference: Shape
     reward: Shape | None
-    trained_layers: int
+    trained_layers: int | None
     trains_weights: bool = True
     trains_head: bool = True
     has_trunk: bool = False
@@ -40,13 +40,12 @@ class StepWork:
         """Of a configuration; None where a model has a shape that cannot be counted."""
         critic = cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model
         try:
-            policy = shape_from_config(cfg.model)
             return cls(
-                policy=policy,
+                policy=shape_from_config(cfg.model),
                 critic=shape_from_config(critic or cfg.model, scalar=True),
                 reference=shape_from_config(cfg.reference or cfg.model),
                 reward=shape_from_config(cfg.reward_model, scalar=True) if cfg.reward_model else None,
-                trained_layers=cfg.tuning.layers or policy.layers,
+                trained_layers=cfg.tuning.layers,
                 trains_weights=cfg.tuning.kind == "full",
                 trains_head=cfg.tuning.kind == "full" and cfg.tuning.layers is None,
                 has_trunk=cfg.sharing == "hydra",
@@ -69,14 +68,15 @@ class StepWork:
         actions = sum(sampled for _, sampled in rows)
         heads = [(self.policy, actions), (self.reference, actions), (self.critic, load.tokens)]
         heads += [(self.reward, load.tokens)] if self.reward else []
-        below = self.policy.layers - self.trained_layers
-        trunk = forward_flops(self.policy, load, head_positions=0, layers=below)
         own = self.trained_layers if self.has_trunk else None
         score = sum(forward_flops(shape, load, head_positions=at, layers=own) for shape, at in heads)
-        forward = update = 0 if self.has_trunk else 2 * trunk
+        if self.has_trunk and not self.trunk_is_sampled:
+            score += self._below(self.policy, load)
+        forward = update = 0
         for shape, at, trains_head in ((self.policy, actions, self.trains_head), (self.critic, load.tokens, True)):
-            forward += forward_flops(shape, load, head_positions=at, layers=self.trained_layers)
-            update += training_flops(
+            below = 0 if self.has_trunk else self._below(shape, load)
+            forward += below + forward_flops(shape, load, head_positions=at, layers=self.trained_layers)
+            update += below + training_flops(
                 shape,
                 load,
                 head_positions=at,
@@ -84,12 +84,16 @@ class StepWork:
                 trains_weights=self.trains_weights,
                 trains_head=trains_head,
             )
-        score += trunk if self.has_trunk and not self.trunk_is_sampled else 0
         return {
             "generate": float(sampling_flops(self.policy, rows)),
             "score": float(score),
             "update": float(update * epochs - forward * reused),
         }
+
+    def _below(self, shape: Shape, load: Load) -> int:
+        """A forward through the layers that are not trained."""
+        layers = 0 if self.trained_layers is None else shape.layers - self.trained_layers
+        return forward_flops(shape, load, head_positions=0, layers=layers)
 
 
 def row_lengths(batch: RolloutBatch) -> list[tuple[int, int]]:

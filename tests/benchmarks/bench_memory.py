@@ -32,7 +32,9 @@ def reusable(args: argparse.Namespace, folder: Path = RESULTS) -> dict[str, list
     wanted = {k: v for k, v in setting(args).items() if k != "updates"}
     same = all(record["setting"].get(k) == v for k, v in wanted.items())
     reports = record["setting"]["reports"]
-    return reports if same and record["commit"] == machine()["commit"] and {*args.sides} <= {*reports} else None
+    commit = machine()["commit"]
+    same = same and record["commit"] == commit and not commit.endswith("-dirty")
+    return reports if same and {*args.sides} <= {*reports} else None
 
 
 def rows(args: argparse.Namespace, reports: dict[str, list[Report]]) -> list[Report]:

@@ -60,8 +60,10 @@ def peer(requirement: str) -> Path:
     """A package in a folder of its own, without its dependencies; installed on the first call."""
     folder = BUILD / "peers" / requirement.replace("==", "-")
     if not folder.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), requirement]
-        subprocess.run(command, check=True)
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial)]
+        subprocess.run([*command, requirement], check=True)
+        partial.rename(folder)
     return folder
 
 
@@ -69,10 +71,16 @@ def machine() -> Report:
     """Where and from which code the numbers come."""
     import torch
 
-    revision = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(revision, capture_output=True, text=True, check=False).stdout.strip()
+    commit = _git("describe", "--always", "--abbrev=12")
+    # What the benchmarks write themselves does not count.
+    changed = _git("status", "--porcelain", "--", ".", ":!tests/benchmarks/results", ":!tests/benchmarks/README.md")
+    commit += "-dirty" if changed else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"commit": commit, "cores": os.cpu_count(), "cpu": _cpu_name(), "gpu": gpu, "torch": torch.__version__}
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _cpu_name() -> str:

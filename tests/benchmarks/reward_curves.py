@@ -56,9 +56,9 @@ def main() -> None:
         for mode in args.modes:
             for seed in args.seeds:
                 run(args.config, mode, seed, args.out, args.overrides)
-    curves = {mode: found for mode in args.modes if (found := read(mode, args.out))}
+    curves = {mode: found for mode in SIDES if (found := read(mode, args.out))}
     if not curves:
-        parser.error(f"no run in {args.out} has written metrics.jsonl")
+        parser.error(f"no run in {args.out} has finished")
     picture = RESULTS / "reward_curves.svg"
     kl = {mode: read(mode, args.out, KL) for mode in curves}
     picture.write_text(draw(curves, kl))
@@ -79,23 +79,23 @@ Curve = list[tuple[float, float]]
 
 
 def read(mode: str, out: Path, metric: str = REWARD) -> list[Curve]:
-    """(episodes, metric) of every step, one curve per seed."""
-    curves = []
-    for file in sorted(out.glob(f"{mode}-*/metrics.jsonl")):
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        if lines:
-            curves.append([(line["episode"], line[metric]) for line in lines])
-    return curves
+    """(episodes, metric) of every step, one curve per seed that has finished."""
+    return [[(line["episode"], line[metric]) for line in lines] for _, lines in finished(out, f"{mode}-*")]
+
+
+def finished(out: Path, pattern: str) -> list[tuple[Path, list[Report]]]:
+    """(folder, lines of metrics.jsonl) of the runs that have come to their end."""
+    folders = sorted(file.parent for file in out.glob(f"{pattern}/result.json"))
+    return [(f, [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]) for f in folders]
 
 
 def recorded(out: Path) -> Report:
     """Of every run: its commit, what of its configuration matters, reward and KL of every step."""
     runs = {}
-    for file in sorted(out.glob("*/metrics.jsonl")):
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        config = yaml.safe_load((file.parent / "config.yaml").read_text())
-        runs[file.parent.name] = {
-            "commit": json.loads((file.parent / "environment.json").read_text())["git"],
+    for folder, lines in finished(out, "*"):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        runs[folder.name] = {
+            "commit": json.loads((folder / "environment.json").read_text())["git"],
             "setting": {key: config[key] for key in SETTING},
             **{name: [round(line[key], 4) for line in lines] for name, key in (("reward", REWARD), ("kl", KL))},
         }

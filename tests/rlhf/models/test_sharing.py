@@ -69,6 +69,22 @@ def test_every_frozen_tensor_is_there_once(stage_config: Any, runtime: Runtime, 
         assert len(frozen & {id(p) for p in other.parameters()}) >= in_common
 
 
+def test_a_trained_reward_model_shares_with_the_critic_that_starts_from_it(
+    stage_config: Any, runtime: Runtime, tiny: Any, tmp_path: Path
+) -> None:
+    """Its weights are no longer the policy's, but the critic's base is the same."""
+    scalar = load_scalar_model(tiny.reward, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in scalar.classifier.model.layers:
+            layer.mlp.up_proj.weight.mul_(1.01)
+    scalar.classifier.save_pretrained(tmp_path / "reward")
+    tiny.tokenizer.save_pretrained(tmp_path / "reward")
+    roles = build_roles(stage_config("ppo", **LORA, reward_model=str(tmp_path / "reward")), runtime)
+    model = RewardModel.load(str(tmp_path / "reward"), runtime, tokenizer=tiny.tokenizer, share=roles.share)
+    critic = {id(p) for p in roles.actor_critic.critic.scalar.classifier.model.parameters()}
+    assert all(id(p) in critic for p in model._scalar.classifier.model.parameters())
+
+
 def test_only_the_top_layers_and_the_head_are_trained(stage_config: Any, runtime: Runtime) -> None:
     roles = build_roles(stage_config("ppo", **HYDRA), runtime)
     names = {n for n, p in roles.actor_critic.named_parameters() if p.requires_grad}
@@ -84,11 +100,12 @@ def test_frozen_weights_are_kept_in_the_precision_of_the_run(stage_config: Any) 
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
 
 
+@pytest.mark.parametrize("top", [1, 2], ids=["upper layer", "all layers"])
 @torch.no_grad()
-def test_a_branch_over_its_trunk_is_the_whole_model(tiny: Any) -> None:
+def test_a_branch_over_its_trunk_is_the_whole_model(tiny: Any, top: int) -> None:
     lm = load_causal_lm(tiny.path, dtype=torch.float32)
     whole = hidden_states(lm.model, TOKENS, MASK)[MASK]
-    branch = Trunk.of(lm, top=1, remembered_rows=4).branch(lm)
+    branch = Trunk.of(lm, top=top, remembered_rows=4).branch(lm)
     torch.testing.assert_close(branch(TOKENS, MASK)[MASK], whole)
 
 
@@ -132,7 +149,9 @@ def test_the_trunk_reads_a_row_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) 
     assert read == [2, 1, 1]
 
 
-def test_a_reward_model_of_another_base_stays_whole(stage_config: Any, runtime: Runtime, tiny: Any) -> None:
+def test_a_reward_model_of_another_base_stays_whole(
+    stage_config: Any, runtime: Runtime, tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     roles = build_roles(stage_config("ppo", **HYDRA), runtime)
     scalar = load_scalar_model(tiny.reward, dtype=torch.float32)
     with torch.no_grad():
@@ -141,6 +160,8 @@ def test_a_reward_model_of_another_base_stays_whole(stage_config: Any, runtime: 
     roles.share(scalar)
     assert scalar.branch is None
     assert torch.equal(scalar(TOKENS, MASK), before)
+    assert "stays whole" in caplog.text
+    assert "tuning.layers: 1 or fewer" in caplog.text
 
 
 def test_a_model_that_cannot_be_cut_is_refused() -> None:

@@ -58,6 +58,22 @@ def test_draw_at_the_total_gives_the_last_index_with_probability(monkeypatch: py
     assert draw(probabilities, torch.Generator()).tolist() == [1, 3, 1]
 
 
+def test_draw_at_the_edge_of_a_block_gives_no_token_without_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding can put the edge of a block above u, which its predecessor's end says is inside."""
+    blocks_NW = torch.rand(400, 128, generator=torch.Generator().manual_seed(0))
+    blocks_NW[:, 0] = 0.0
+    sums_N = blocks_NW.sum(1)
+    ends_N = sums_N.cumsum(0)
+    shares_N = ends_N / ends_N[-1]
+    hit_N = ((ends_N - sums_N)[1:] > ends_N[:-1]) & (shares_N * ends_N[-1] == ends_N)[:-1]
+    edges = hit_N.nonzero().flatten().tolist()
+    assert edges, "no such edge among these blocks"
+    for edge in edges:
+        fixed_uniforms(monkeypatch, [float(shares_N[edge])])
+        index = int(draw(blocks_NW.view(1, -1), torch.Generator()))
+        assert index == (edge + 1) * 128 + 1, "the first with weight behind the edge"
+
+
 def test_draw_has_the_right_frequencies() -> None:
     drawn = draw(torch.tensor([0.05, 0.0, 0.15, 0.5, 0.3]).expand(20_000, 5), torch.Generator().manual_seed(0))
     first, never, *rest = torch.bincount(drawn, minlength=5).tolist()
@@ -292,6 +308,21 @@ def test_a_constraint_shapes_the_distribution_and_its_logprobs(lm: Any) -> None:
         assert c.logprobs == pytest.approx(exact, abs=1e-4)
         entropy_T = -(allowed_TV.exp() * allowed_TV).sum(1)
         torch.testing.assert_close(torch.tensor(c.entropies), entropy_T, atol=1e-4, rtol=0)
+
+
+def test_a_constraint_is_asked_about_rows_only(lm: Any) -> None:
+    """All rows end at once while others wait."""
+    asked: list[int] = []
+
+    def ends_at_once(sampled: list[list[int]], logits_BV: torch.Tensor) -> torch.Tensor:
+        asked.append(len(sampled))
+        out_BV = torch.full_like(logits_BV, -torch.inf)
+        out_BV[:, 3] = 0.0
+        return out_BV
+
+    drawn = sample(lm, PROMPTS, batch_size=2, constrain=ends_at_once)
+    assert [c.tokens for c in drawn] == [[3]] * 5
+    assert asked == [2, 2, 1]
 
 
 def test_a_constraint_that_allows_nothing_is_an_error(lm: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,15 @@ def test_a_forward_that_the_scoring_left_is_not_counted_again(stage_config: Any,
     work = StepWork.of(stage_config("ppo"))
     assert work is not None
     assert work.flops(ROWS, epochs=2, reused=0.25)["update"] == 5.75 * (lm + scalar)
+
+
+def test_a_critic_of_another_depth_counts_its_own_layers(stage_config: Any, tiny: Any) -> None:
+    lm, _ = passes(tiny)
+    work = StepWork.of(stage_config("ppo"))
+    assert work is not None
+    flat = replace(work, critic=replace(work.critic, layers=1))
+    critic = forward_flops(work.critic, causal_load([8, 9]), head_positions=17, layers=1)
+    assert flat.flops(ROWS, epochs=1)["update"] == 3 * (lm + critic)
 
 
 def test_sampling_is_one_forward_without_the_last_tokens(stage_config: Any, tiny: Any) -> None:
