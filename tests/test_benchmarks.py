@@ -147,9 +147,9 @@ def test_the_picture_has_a_line_per_seed_and_a_colour_per_mode(load: Any, tmp_pa
     paths = [element.get("class") for element in root.iter() if element.tag.endswith("path")]
     assert paths == ["line tone1"] * 3 + ["line tone2"] * 3 + ["line tone3"] * 3
     text = "".join(root.itertext())
-    assert "separate: ends at" in text
+    assert "separate: 2" in text
     assert "3 seeds" in text
-    assert "KL 4 nats" in text
+    assert "KL 4.0" in text
     assert "episodes" in text
 
 
@@ -165,5 +165,5 @@ def test_the_record_of_the_curves_says_what_was_run(load: Any, tmp_path: Path) -
 def test_a_legend_by_hand(load: Any) -> None:
     ends = load("reward_curves").ends
     flat = [[(step, value) for step in range(9)] for value in (1.0, 2.0, 6.0)]
-    assert ends("lora", flat, flat[1:2]) == "lora: ends at 3 (3 seeds, 1 to 6), KL 2 nats"
-    assert ends("lora", flat[:1], flat) == "lora: ends at 1 (1 seed), KL 3 nats"
+    assert ends("lora", flat, flat[1:2]) == "lora: 3 (3 seeds, 1 to 6), KL 2.0"
+    assert ends("lora", flat[:1], flat) == "lora: 1 (1 seed), KL 3.0"

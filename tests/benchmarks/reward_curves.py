@@ -113,7 +113,7 @@ def draw(curves: Mapping[str, Sequence[Curve]], kl: Mapping[str, Sequence[Curve]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 360 {top + 208}" width="900">'
         f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#ffffff"/>'
-        f'<text class="title" x="44" y="18">Reward during PPO, one line per seed</text>{"".join(legend)}'
+        f'<text class="title" x="44" y="18">Reward during PPO; where it ends</text>{"".join(legend)}'
         f'<svg y="{top + 8}" height="196" width="360">{chart}</svg></svg>\n'
     )
 
@@ -121,10 +121,14 @@ def draw(curves: Mapping[str, Sequence[Curve]], kl: Mapping[str, Sequence[Curve]
 def ends(mode: str, seeds: Sequence[Curve], kl: Sequence[Curve]) -> str:
     """The smoothed lines' last values: mean over the seeds, of the reward also the range."""
     last = [smoothed_last(curve) for curve in seeds]
-    spread = f", {number(min(last))} to {number(max(last))}" if len(last) > 1 else ""
+    spread = f", {_short(min(last))} to {_short(max(last))}" if len(last) > 1 else ""
     count = f"{len(last)} seed{'s' if len(last) > 1 else ''}"
-    nats = number(statistics.fmean(map(smoothed_last, kl)))
-    return f"{mode}: ends at {number(statistics.fmean(last))} ({count}{spread}), KL {nats} nats"
+    nats = f"{statistics.fmean(map(smoothed_last, kl)):.1f}"
+    return f"{mode}: {_short(statistics.fmean(last))} ({count}{spread}), KL {nats}"
+
+
+def _short(value: float) -> str:
+    return number(round(value, 2))
 
 
 if __name__ == "__main__":
