@@ -127,7 +127,12 @@ def made_up_runs(out: Path) -> None:
                 for i, v in enumerate(values)
             ]
             (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-            config = {"sharing": mode, "tuning": {"kind": "full"}, "reward_model": "r", "optim": {"lr": 1e-4}}
+            config = {
+                "sharing": mode,
+                "tuning": {"kind": "full"},
+                "optim": {"lr": 1e-4},
+                "reward_model": str(out / "r/final"),
+            }
             rest = {"critic_lr": None, "kl": {"coef": 0.1}, "batch_size": 32, "minibatches": 4, "epochs": 1, "seed": 1}
             (folder / "config.yaml").write_text(json.dumps({**config, **rest}))
             (folder / "environment.json").write_text(json.dumps({"git": "abc"}))
@@ -159,6 +164,8 @@ def test_the_record_of_the_curves_says_what_was_run(load: Any, tmp_path: Path) -
     assert len(runs) == 9
     run = runs["hydra-2"]
     assert (run["commit"], run["setting"]["sharing"], run["setting"]["optim"]) == ("abc", "hydra", {"lr": 1e-4})
+    assert run["reward_model"] == "r/final", "no path of the machine"
+    assert str(tmp_path) not in json.dumps(runs)
     assert (len(run["reward"]), run["reward"][0], run["kl"][0]) == (20, round(1.5 * (1 - math.exp(-0.2)) + 0.2, 4), 4.0)
 
 

@@ -109,7 +109,7 @@ class AttentionLayout:
     sin_ND: Tensor
     place_N: Tensor | None = None
     bias_B1TT: Tensor | None = None
-    _indices: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _indices: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def indices(self, heads: int) -> tuple[Tensor, Tensor]:
         """(for every head of every place in [B, heads, T] its token's in [N, heads], and the other way round), flat.

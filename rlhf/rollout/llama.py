@@ -139,7 +139,7 @@ class LlamaDecoder:
         bias_B11T = self._bias_BT[:rows, None, None, :end]
 
         def write(i: int, new_B: Tensor) -> None:
-            self._caches[i].flatten(0, 1).index_copy_(0, flat_B, new_B)
+            self._caches[i].view(-1, *self._shapes[i]).index_copy_(0, flat_B, new_B)
 
         def attend(i: int, q_NHD: Tensor, kv_NHD: Tensor) -> Tensor:
             write(i, kv_NHD)

@@ -27,8 +27,8 @@ from sides import SIDES, existing
 from rlhf.eval.charts import Series, line_chart, number, smoothed_last
 
 REWARD, KL = "objective/scores", "objective/kl"
-SETTING = ("tuning", "sharing", "reward_model", "optim", "critic_lr", "kl", "batch_size", "minibatches", "epochs")
-"""Of a run's configuration, what stands beside its numbers."""
+SETTING = ("tuning", "sharing", "optim", "critic_lr", "kl", "batch_size", "minibatches", "epochs")
+"""Of a run's configuration, what stands beside its numbers; and the reward model, without where it lay."""
 TONES = {name: tone for tone, name in enumerate(SIDES, start=1)}
 
 # What the report's page gives its charts; a picture by itself brings its own.
@@ -97,6 +97,7 @@ def recorded(out: Path) -> Report:
         runs[folder.name] = {
             "commit": json.loads((folder / "environment.json").read_text())["git"],
             "setting": {key: config[key] for key in SETTING},
+            "reward_model": "/".join(Path(config["reward_model"]).parts[-2:]),
             **{name: [round(line[key], 4) for line in lines] for name, key in (("reward", REWARD), ("kl", KL))},
         }
     return runs
