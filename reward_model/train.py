@@ -5,6 +5,7 @@ Ouyang 2022, section 3.5: all comparisons of one prompt share its K forward pass
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from itertools import combinations
@@ -24,9 +25,10 @@ from rlhf.data.records import read_demonstrations, read_rankings
 from rlhf.data.templates import located, prompt_tokens, response_tokens, show_examples
 from rlhf.errors import DataError, InvariantError
 from rlhf.eval.winrate import share_interval
+from rlhf.models.adapters import save_adapter
 from rlhf.models.load import load_tokenizer
 from rlhf.models.tuning import apply_tuning, build_optimizer, merge_tuning, parameter_groups, set_lr, storage_dtype
-from rlhf.models.value import ScalarModel, load_scalar_model
+from rlhf.models.value import NORMALISATION_FILE, ScalarModel, load_scalar_model
 from rlhf.progress import Progress
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
@@ -41,7 +43,8 @@ MAX_PACKED_TOKENS = 2048
 
 
 def main(cfg: RewardStage, options: RunOptions) -> RunResult:
-    """Leaves `final/` (AutoModelForSequenceClassification with its normalisation) and metrics.jsonl."""
+    """Leaves `final/` (AutoModelForSequenceClassification with its normalisation), with LoRA also `adapter/`, and
+    metrics.jsonl."""
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     tokenizer = load_tokenizer(cfg.model)
     with (
@@ -61,7 +64,9 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
         scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
         handle = apply_tuning(scalar.classifier, cfg.tuning, runtime.dtype, head=scalar.classifier.score)
         fit(scalar, train, cfg, runtime, progress, tracker)
-        # What is measured from here on is what is saved: adapters folded in, in the run's precision.
+        if cfg.tuning.kind == "lora":
+            keep_adapter(handle, scalar, train, cfg, runtime, tokenizer, progress)
+        # What is measured from here on is what `final/` holds: adapters folded in, in the run's precision.
         scalar.classifier = merge_tuning(handle).to(runtime.dtype)
         scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
         normalisation = normalise(scorer, scalar, train, cfg, tokenizer, progress)
@@ -247,6 +252,24 @@ def outcomes_of(scores: Sequence[float], ranks: Sequence[float]) -> list[float]:
             difference = (scores[i] - scores[j]) * (1 if ranks[i] < ranks[j] else -1)
             outcomes.append(0.5 if difference == 0 else float(difference > 0))
     return outcomes
+
+
+def keep_adapter(
+    handle: Any,
+    scalar: ScalarModel,
+    train: Sequence[RankedTokens],
+    cfg: RewardStage,
+    runtime: Runtime,
+    tokenizer: Any,
+    progress: Progress,
+) -> None:
+    """Write `adapter/`: adapter and head, unrounded, with a normalisation of their own."""
+    scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
+    moments = normalise(scorer, scalar, train, cfg, tokenizer, progress)
+    scalar.set_normalisation(0.0, 1.0)
+    if runtime.is_main:
+        files = {NORMALISATION_FILE: json.dumps(moments, indent=1)}
+        save_adapter(handle, Path(cfg.run_dir) / "adapter", head=scalar.classifier.score, files=files)
 
 
 def normalise(

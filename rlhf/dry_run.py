@@ -152,16 +152,18 @@ class _Inputs:
         if self._comes_later(name):
             self._say(key, f"{name} (an earlier stage writes it)")
             return
+        from rlhf.models.adapters import adapter_folder, has_score_head
         from rlhf.models.load import load_config, resolve_model
 
         resolved = resolve_model(name, convert=False)
         local = Path(resolved).is_dir()
         if key == "reward_model" and local:
-            made_for = load_config(name).architectures or []
-            if not any("SequenceClassification" in architecture for architecture in made_for):
+            adapter, made_for = adapter_folder(name), load_config(name).architectures or []
+            has_head = any("SequenceClassification" in architecture for architecture in made_for)
+            if not (has_head or (adapter and has_score_head(adapter))):
                 raise ModelError(
                     f"{name} is no reward model: it has no trained `score` head",
-                    fix="train one with `rlhf reward`, and give its final folder",
+                    fix="train one with `rlhf reward`, and give its folder `final` or `adapter`",
                 )
         where = "found" if Path(resolved).exists() else "taken for a hub model, not fetched in a dry run"
         self._say(key, f"{name} ({where if name != bundled.NAME else resolved})")

@@ -55,7 +55,8 @@ def sha256_of(path: Path) -> str:
 def content_digest(path: Path, *, exact: bool) -> str | None:
     """What identifies the content of a data file, or of a model's folder; None when there is neither.
 
-    A folder with a manifest is identified by it: it holds the hash of every file.
+    A folder with a manifest is identified by it: it holds the hash of every file. An adapter is nothing without its
+    base: where that is a folder of this disk, it counts, too.
 
     Args:
         exact: a folder without a manifest is read to its end. False: names, sizes and times of its files stand for
@@ -65,6 +66,26 @@ def content_digest(path: Path, *, exact: bool) -> str | None:
         return sha256_of(path)
     if not path.is_dir():
         return None
+    base = _adapted_by(path)
+    if base is not None and base.resolve() != path.resolve():
+        parts = [_folder_digest(path, exact=exact), content_digest(base, exact=exact)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return _folder_digest(path, exact=exact)
+
+
+def _adapted_by(folder: Path) -> Path | None:
+    """The base of the adapter in `folder`, where it holds one and no model."""
+    file = folder / "adapter_config.json"
+    if (folder / "config.json").is_file() or not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        return None
+    return Path(base).expanduser() if isinstance(base, str) and base else None
+
+
+def _folder_digest(path: Path, *, exact: bool) -> str:
     if (path / MANIFEST).is_file():
         return sha256_of(path / MANIFEST)
     files = sorted(file for file in path.iterdir() if file.is_file())

@@ -36,7 +36,7 @@ OWNERS = {
     "accelerate": {"rlhf.runtime"},
     "deepspeed": {"rlhf.runtime"},
     "wandb": {"rlhf.tracking"},
-    "peft": {"rlhf.models.tuning"},
+    "peft": {"rlhf.models.tuning", "rlhf.models.adapters"},
     "trl": {"rlhf.stages.sft"},
 }
 MAX_FILE, MAX_FUNCTION, MAX_STAGE_MAIN, MAX_PARAMETERS = 450, 60, 90, 8

@@ -14,14 +14,15 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.data.templates import tokenizer_fingerprint
 from rlhf.errors import ModelError
-from rlhf.models import bundled
+from rlhf.models import adapters, bundled
+from rlhf.models.tuning import merge_tuning
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 transformers_logging.disable_progress_bar()
 
 
 def resolve_model(name: str, *, convert: bool = True) -> str:
-    """What transformers can load for `name`: our short name, a local folder, or a hub id.
+    """What transformers can load for `name`: our short name, a local folder, or a hub id; of an adapter, its base.
 
     Raises:
         ModelError: a path that does not exist, or a folder without a model.
@@ -29,6 +30,13 @@ def resolve_model(name: str, *, convert: bool = True) -> str:
     if name == bundled.NAME:
         return bundled.resolve(convert=convert)
     path = Path(name).expanduser()
+    if adapter := adapters.adapter_folder(name):
+        base = adapters.base_of(adapter)
+        try:
+            return resolve_model(base, convert=convert)
+        except ModelError as error:
+            fix = f"correct base_model_name_or_path in {adapter / adapters.CONFIG_FILE}"
+            raise ModelError(f"{name} is an adapter: {error.message}", fix=fix) from None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {name} holds no model (no config.json)", fix="give the folder that does")
@@ -68,10 +76,14 @@ def load_tokenizer(name: str) -> Any:
 def load_causal_lm(name: str, *, dtype: torch.dtype) -> Any:
     """A causal language model with dropout off (checklist 6: a ratio of 1 on the first minibatch needs that).
 
+    An adapter is folded into its base.
+
     Raises:
         ModelError: it cannot be loaded, or its logits are not a plain matrix product of the last hidden state.
     """
     lm, _ = _load(AutoModelForCausalLM, name, dtype)
+    if adapter := adapters.adapter_folder(name):
+        lm = merge_tuning(adapters.put_in(lm, adapter))
     _check_head(lm, name)
     return lm
 
@@ -135,11 +147,14 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def load_sequence_classifier(name: str, *, dtype: torch.dtype, new_head: bool = False) -> Any:
+def load_sequence_classifier(
+    name: str, *, dtype: torch.dtype, new_head: bool = False, keep_adapter: bool = False
+) -> Any:
     """A one-label `AutoModelForSequenceClassification`.
 
     Args:
         new_head: a language model will do, too; its head is drawn anew, to be trained.
+        keep_adapter: an adapter stays one, over weights that may then be shared; else it is folded into its base.
 
     Raises:
         ModelError: it cannot be loaded, does not have one label, or has no trained head where one is needed.
@@ -156,11 +171,15 @@ def load_sequence_classifier(name: str, *, dtype: torch.dtype, new_head: bool = 
         raise ModelError(
             f"{name} ({config.model_type}) has no linear `score` head", fix="use a Llama/Qwen/Gemma/Mistral class model"
         )
+    if adapter := adapters.adapter_folder(name):
+        handle = adapters.put_in(model, adapter)
+        missing -= {"score.weight"} if adapters.has_score_head(adapter) else set()
+        model = model if keep_adapter else merge_tuning(handle)
     if "score.weight" in missing:
         if not new_head:
             raise ModelError(
                 f"{name} is no reward model: it has no trained `score` head",
-                fix="train one with `rlhf reward`, and give its final folder",
+                fix="train one with `rlhf reward`, and give its folder `final` or `adapter`",
             )
         # Stiennon 2020: N(0, 1/sqrt(d+1)); small scores at the start, whatever the width.
         torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)

@@ -16,6 +16,7 @@ from torch import nn
 from rlhf.checkpoint import export_folder
 from rlhf.config_schema import PPOStage
 from rlhf.errors import ConfigError
+from rlhf.models.adapters import save_adapter
 from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer, require_same_tokens
 from rlhf.models.policy import ActorCritic, Policy
 from rlhf.models.sharing import Share, Trunk, keep_apart, sharing_of
@@ -25,7 +26,6 @@ from rlhf.models.tuning import (
     folded_weight,
     merge_tuning,
     parameter_groups,
-    save_adapter,
     shared_copy,
     storage_dtype,
 )
@@ -209,4 +209,5 @@ def _critic_scalar(cfg: PPOStage, precision: torch.dtype) -> ScalarModel:
     source = cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model
     assert source is not None, "config_schema.PPOStage checks this"
     dtype = storage_dtype(cfg.tuning, precision)
-    return load_scalar_model(source, dtype=dtype, new_head=cfg.critic_init != "reward_model")
+    is_new = cfg.critic_init != "reward_model"
+    return load_scalar_model(source, dtype=dtype, new_head=is_new, keep_adapter=cfg.sharing == "lora" and not is_new)

@@ -39,7 +39,7 @@ def sharing_of(kind: str, lm: Any, trunk: Trunk | None) -> Share:
     """`hydra`: a branch over the trunk; `lora`: in place of equal tensors those of the policy, or of a scalar model
     that came before; else `keep_apart`.
 
-    A model that has nothing in common with them is left as it is.
+    A model that has nothing in common with them is left as it is, and named.
     """
     if trunk is not None:
 
@@ -60,9 +60,15 @@ def sharing_of(kind: str, lm: Any, trunk: Trunk | None) -> Share:
     known = [lm]
 
     def reuse(scalar: ScalarModel) -> None:
-        for other in known:
-            share_equal(scalar.classifier, other)
+        shared = sum(share_equal(scalar.classifier, other) for other in known)
         known.append(scalar.classifier)
+        frozen = sum(not p.requires_grad for p in backbone_of(scalar.classifier).parameters())
+        if shared < frozen / 2:
+            _log.warning(
+                "%s stays whole: its layers are not the policy's. To share them, train it from the policy with "
+                "tuning.kind: lora and give its adapter folder.",
+                scalar.classifier.config._name_or_path,
+            )
 
     return reuse if kind == "lora" else keep_apart
 
@@ -73,7 +79,7 @@ def share_equal(model: Any, base: Any) -> int:
     count = 0
     for name, parameter in list(backbone_of(model).named_parameters()):
         other = known.get(_plain_name(name))
-        if other is None or parameter.requires_grad or other.dtype != parameter.dtype:
+        if other is None or other is parameter or parameter.requires_grad or other.dtype != parameter.dtype:
             continue
         if torch.equal(other, parameter.to(other.device)):
             owner, _, leaf = name.rpartition(".")

@@ -6,13 +6,11 @@ import copy
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rlhf.checkpoint import export_folder
 from rlhf.config_schema import OptimConfig, TuningConfig
 from rlhf.errors import ConfigError
 
@@ -73,7 +71,8 @@ def apply_tuning(model: Any, cfg: TuningConfig, precision: torch.dtype, *, head:
     """Make the right parameters trainable, in place.
 
     Args:
-        model: a transformers model; with LoRA its linear layers are replaced by adapted ones.
+        model: a transformers model; with LoRA its linear layers are replaced by adapted ones. An adapter that it
+            came with learns on as it is, whatever the rank.
         precision: what frozen weights are kept in.
         head: a new scalar head, trained whatever the tuning.
 
@@ -90,6 +89,12 @@ def apply_tuning(model: Any, cfg: TuningConfig, precision: torch.dtype, *, head:
         )
     if cfg.kind == "full":
         train_fully(model, cfg.layers, precision)
+        if head is not None:
+            head.float().requires_grad_(True)
+        return model
+    if lora_layers(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
         if head is not None:
             head.float().requires_grad_(True)
         return model
@@ -114,32 +119,32 @@ def apply_tuning(model: Any, cfg: TuningConfig, precision: torch.dtype, *, head:
 def merge_tuning(handle: Any) -> Any:
     """The plain transformers model with its adapters folded into the weights; ends training.
 
+    Args:
+        handle: what `apply_tuning` gave, or a model with adapters in it.
+
     Added in float32 and rounded once. In bf16, which has 3 digits, a small adapter drowns in the weights all the
     same: `save_adapter` keeps it as it is.
     """
-    if not hasattr(handle, "unload"):
-        return handle
-    with torch.no_grad():
-        for layer in lora_layers(handle):
-            weight = layer.get_base_layer().weight
-            weight.copy_(folded_weight(layer))
-    return handle.unload()
-
-
-def save_adapter(handle: Any, folder: Path) -> bool:
-    """Write the adapter by itself, unrounded, in peft's layout; False when there is none."""
-    if not hasattr(handle, "unload"):
-        return False
-    with export_folder(folder) as staging:
-        handle.save_pretrained(staging)
-    return True
+    model = handle.get_base_model() if hasattr(handle, "unload") else handle
+    layers = {id(layer) for layer in lora_layers(model)}
+    for name, layer in [(name, module) for name, module in model.named_modules() if id(module) in layers]:
+        base = layer.get_base_layer()
+        with torch.no_grad():
+            base.weight.copy_(folded_weight(layer))
+        model.set_submodule(name, base)
+    if hasattr(model, "peft_config"):  # it would be taken for an adapted model
+        del model.peft_config
+    return model
 
 
 def lora_layers(model: Any) -> list[Any]:
     """Every adapted layer."""
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    if not adapted:  # where nothing is adapted, peft need not be there
+        return []
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [module for module in adapted if isinstance(module, LoraLayer)]
 
 
 def plain_adapter(module: nn.Module) -> tuple[nn.Module, torch.Tensor, torch.Tensor, float] | None:

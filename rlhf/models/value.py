@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from rlhf.errors import ModelError
+from rlhf.models.adapters import adapter_folder
 from rlhf.models.load import load_sequence_classifier, resolve_model
 from rlhf.models.policy import hidden_states
 from rlhf.models.tuning import backbone_of
@@ -73,15 +74,17 @@ class Critic(nn.Module):
         return nn.functional.pad(after_BT[:, :-1], (1, 0))
 
 
-def load_scalar_model(name: str, *, dtype: torch.dtype, new_head: bool = False) -> ScalarModel:
-    """A scalar model with its normalisation, if it comes with one.
+def load_scalar_model(
+    name: str, *, dtype: torch.dtype, new_head: bool = False, keep_adapter: bool = False
+) -> ScalarModel:
+    """A scalar model with its normalisation, if it comes with one; arguments as `load_sequence_classifier`.
 
     Raises:
         ModelError: as `load_sequence_classifier`, or its normalisation cannot be read.
     """
-    classifier = load_sequence_classifier(name, dtype=dtype, new_head=new_head)
+    classifier = load_sequence_classifier(name, dtype=dtype, new_head=new_head, keep_adapter=keep_adapter)
     file = cached_file(
-        resolve_model(name),
+        str(adapter_folder(name) or resolve_model(name)),
         NORMALISATION_FILE,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,

@@ -16,8 +16,9 @@ from rlhf.config_schema import DatasetConfig, SFTStage
 from rlhf.data.records import read_demonstrations
 from rlhf.data.templates import located, prompt_tokens, response_tokens, show_examples
 from rlhf.errors import ConfigError, DataError
+from rlhf.models.adapters import save_adapter
 from rlhf.models.load import load_causal_lm, load_tokenizer
-from rlhf.models.tuning import apply_tuning, merge_tuning, save_adapter, storage_dtype
+from rlhf.models.tuning import apply_tuning, merge_tuning, storage_dtype
 from rlhf.progress import Progress
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime

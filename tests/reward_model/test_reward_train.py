@@ -62,6 +62,21 @@ def test_the_loss_falls_and_the_held_out_accuracy_is_one(config: Any, metrics_of
     assert not any("lora" in name for name in names)
 
 
+def test_lora_also_leaves_an_adapter_with_head_and_normalisation(config: Any, rankings: str, tiny: Any) -> None:
+    """In fp32 the adapter and what it is folded into score alike; a mean of its own, for in bf16 they do not."""
+    cfg = config(tuning={"kind": "lora", "rank": 8}, optim={"lr": 2e-2})
+    result = train.main(cfg, RunOptions())
+    folder = Path(result.run_dir) / "adapter"
+    tokens, mask = torch.tensor([[2, 9, 12, 15, 3]]), torch.ones(1, 5, dtype=torch.bool)
+    with torch.no_grad():
+        kept = load_scalar_model(str(folder), dtype=torch.float32, keep_adapter=True)(tokens, mask)
+        final = load_scalar_model(result.outputs["reward_model"], dtype=torch.float32)(tokens, mask)
+    torch.testing.assert_close(kept, final, atol=1e-4, rtol=1e-4)
+    moments = json.loads((folder / value.NORMALISATION_FILE).read_text())
+    assert moments["std"] == pytest.approx(result.summary["std"], rel=1e-4)
+    assert not (Path(train.main(config(), RunOptions()).run_dir) / "final" / "adapter_config.json").exists()
+
+
 def test_with_layers_the_lower_ones_stay_the_base_models(config: Any, tiny: Any) -> None:
     """Which is what lets PPO put such a reward model on the policy's trunk."""
     result = train.main(config(tuning={"kind": "full", "layers": 1}), RunOptions())
