@@ -282,7 +282,9 @@ class PPOStage(StageConfig):
     )
     optim: OptimConfig = OptimConfig(lr=1e-6)
     critic_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: optim.lr")
-    critic_init: Literal["reward_model", "policy"] = "reward_model"
+    critic_init: Literal["reward_model", "policy"] = Field(
+        default="reward_model", description="weights that the critic starts from; policy: with a head of zeros"
+    )
     critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="train only the critic first")
     gradient_checkpointing: bool = False
 

@@ -210,4 +210,7 @@ def _critic_scalar(cfg: PPOStage, precision: torch.dtype) -> ScalarModel:
     assert source is not None, "config_schema.PPOStage checks this"
     dtype = storage_dtype(cfg.tuning, precision)
     is_new = cfg.critic_init != "reward_model"
-    return load_scalar_model(source, dtype=dtype, new_head=is_new, keep_adapter=cfg.sharing == "lora" and not is_new)
+    scalar = load_scalar_model(source, dtype=dtype, new_head=is_new, keep_adapter=cfg.sharing == "lora" and not is_new)
+    if is_new:  # values of 0 disturb no advantage; those of a random head are as large as the rewards
+        nn.init.zeros_(scalar.classifier.score.weight)
+    return scalar

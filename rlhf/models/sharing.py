@@ -62,8 +62,8 @@ def sharing_of(kind: str, lm: Any, trunk: Trunk | None) -> Share:
     def reuse(scalar: ScalarModel) -> None:
         shared = sum(share_equal(scalar.classifier, other) for other in known)
         known.append(scalar.classifier)
-        frozen = sum(not p.requires_grad for p in backbone_of(scalar.classifier).parameters())
-        if shared < frozen / 2:
+        own = [name for name, _ in backbone_of(scalar.classifier).named_parameters() if "lora_" not in name]
+        if shared < len(own) / 2:
             _log.warning(
                 "%s stays whole: its layers are not the policy's. To share them, train it from the policy with "
                 "tuning.kind: lora and give its adapter folder.",

@@ -47,6 +47,7 @@ def test_a_critic_from_the_policy_has_its_trunk_and_a_new_head(stage_config: Any
     policy = roles.actor_critic.policy.lm.model.state_dict()
     assert all(torch.equal(trunk[name], policy[name]) for name in policy)
     assert float(roles.actor_critic.critic.scalar.std) == 1.0
+    assert roles.actor_critic.critic(TOKENS, MASK).eq(0).all(), "no advantage is disturbed"
 
 
 def test_lora_trains_both_adapters_and_the_critic_s_head(stage_config: Any, runtime: Runtime) -> None:
