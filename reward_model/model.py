@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlhf.checkpoint import export_folder
 from rlhf.models.load import require_same_tokens
@@ -58,6 +59,11 @@ class RewardModel:
         scalar.requires_grad_(False).to(runtime.device)
         share(scalar)
         return cls(scalar, runtime, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens)
+
+    @property
+    def branch(self) -> nn.Module | None:
+        """What it has of its own, where it stands on layers of others (`models.sharing`)."""
+        return self._scalar.branch
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Normalised score of each rollout at its last real token."""

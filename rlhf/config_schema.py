@@ -285,6 +285,9 @@ class PPOStage(StageConfig):
     critic_init: Literal["reward_model", "policy"] = Field(
         default="reward_model", description="weights that the critic starts from; policy: with a head of zeros"
     )
+    critic_layers: Positive | None = Field(
+        default=None, description="of the critic only so many top layers are trained; default: tuning.layers"
+    )
     critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="train only the critic first")
     gradient_checkpointing: bool = False
 
@@ -341,6 +344,11 @@ class PPOStage(StageConfig):
             raise ValueError("sharing: lora needs tuning.kind: lora")
         if self.sharing == "hydra" and self.tuning.layers is None:
             raise ValueError("sharing: hydra needs tuning.layers, the number of top layers that are trained")
+        if self.sharing == "hydra" and (self.critic_layers or 0) > (self.tuning.layers or 0):
+            raise ValueError(
+                f"critic_layers {self.critic_layers} is more than tuning.layers {self.tuning.layers}: with sharing: "
+                "hydra what lies below those is not trained; set critic_layers lower"
+            )
         if self.tuning.dropout:
             raise ValueError(
                 "tuning.dropout must be 0 in PPO: dropout makes the first ratio differ from 1; set it to 0"

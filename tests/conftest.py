@@ -49,7 +49,7 @@ def build_tokenizer() -> Any:
     )
 
 
-def build_lm(vocab_size: int, *, seed: int = 0) -> Any:
+def build_lm(vocab_size: int, *, seed: int = 0, layers: int = 2) -> Any:
     """Random weights, but an EOS with a probability near 0.12 everywhere: answers end within a small budget."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +59,7 @@ def build_lm(vocab_size: int, *, seed: int = 0) -> Any:
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

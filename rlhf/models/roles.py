@@ -19,7 +19,7 @@ from rlhf.errors import ConfigError
 from rlhf.models.adapters import save_adapter
 from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer, require_same_tokens
 from rlhf.models.policy import ActorCritic, Policy
-from rlhf.models.sharing import Share, Trunk, keep_apart, sharing_of
+from rlhf.models.sharing import Branch, Share, Trunk, keep_apart, sharing_of
 from rlhf.models.tuning import (
     adapted_layers,
     apply_tuning,
@@ -109,6 +109,17 @@ class Roles:
     """Makes a further scalar model (the reward model) use what the roles have in common."""
     trunk: Trunk | None = None
 
+    def begins(self, reward_fn: Any) -> dict[str, int]:
+        """Role -> the layers that lie below its own, where it stands on the trunk; `reward_fn`: perhaps a model."""
+        critic: Any = self.actor_critic.critic
+        branches = {
+            "policy": self.actor_critic.policy.branch,
+            "reference": self.reference.branch,
+            "critic": critic.scalar.branch,
+            "reward": getattr(reward_fn, "branch", None),
+        }
+        return {role: branch.level for role, branch in branches.items() if isinstance(branch, Branch)}
+
     def parameter_groups(self, cfg: PPOStage) -> list[dict[str, Any]]:
         """AdamW groups: policy and critic with their own learning rates."""
         policy, critic = self.actor_critic.policy, self.actor_critic.critic
@@ -151,14 +162,15 @@ def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:
     plain, untrained = (shared_copy(lm), shared_copy(lm)) if with_lora else (None, None)
     policy_handle = apply_tuning(lm, cfg.tuning, runtime.dtype)
     trunk = _trunk(cfg, lm)
+    policy = Policy(lm, trunk.branch(lm) if trunk is not None else None)
+    reference = runtime.freeze(_reference(cfg, lm, untrained, trunk, runtime))
     share = sharing_of(cfg.sharing, lm, trunk)
     scalar = _critic_scalar(cfg, runtime.dtype)
-    critic_handle = apply_tuning(scalar.classifier, cfg.tuning, runtime.dtype, head=scalar.classifier.score)
+    tuning = cfg.tuning.model_copy(update={"layers": cfg.critic_layers or cfg.tuning.layers})
+    critic_handle = apply_tuning(scalar.classifier, tuning, runtime.dtype, head=scalar.classifier.score)
     share(scalar)
-    policy = Policy(lm, trunk.branch(lm) if trunk is not None else None)
     actor_critic = ActorCritic(policy, Critic(scalar)).to(runtime.device).eval()
     sampler = Sampler(lm, runtime, plain=plain)
-    reference = runtime.freeze(_reference(cfg, lm, untrained, trunk, runtime))
     if cfg.gradient_checkpointing:
         recompute_activations(lm, scalar.classifier)
     tokenizer = load_tokenizer(cfg.model)
@@ -193,7 +205,10 @@ def _reference(cfg: PPOStage, lm: Any, untrained: Any, trunk: Trunk | None, runt
     if cfg.sharing == "separate" or cfg.reference not in (None, cfg.model):
         return Policy(load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype))
     reference = untrained if untrained is not None else cast_copy(lm, runtime.dtype)
-    return Policy(reference, trunk.branch(reference) if trunk is not None else None)
+    branch = trunk.branch(reference) if trunk is not None else None
+    if trunk is not None:
+        trunk.grow(reference)
+    return Policy(reference, branch)
 
 
 def recompute_activations(*models: Any) -> None:

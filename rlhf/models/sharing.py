@@ -2,7 +2,8 @@
 
     trunk = Trunk.of(lm, top=6, remembered_rows=64)
     policy_backbone = trunk.branch(lm)          # the policy's own top layers over the common trunk
-    critic_backbone = trunk.branch(classifier)  # its bottom layers must equal the trunk's; they are then given up
+    trunk.grow(reference)                       # above the policy's branch the trunk goes on with frozen layers
+    critic_backbone = trunk.branch(classifier)  # begins where it learns or is no longer equal; below it is given up
 
 The trunk's states of a row never change, so they are remembered from sampling or computed once: scoring with
 reference, critic and reward model, and every epoch of the update, go through top layers only.
@@ -11,6 +12,7 @@ reference, critic and reward model, and every epoch of the update, go through to
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -44,7 +46,7 @@ def sharing_of(kind: str, lm: Any, trunk: Trunk | None) -> Share:
     if trunk is not None:
 
         def graft(scalar: ScalarModel) -> None:
-            if trunk.is_under(scalar.classifier):
+            if trunk.common_layers(scalar.classifier) >= trunk.depth:
                 scalar.branch = trunk.branch(scalar.classifier)
                 return
             _log.warning(
@@ -94,13 +96,17 @@ def _plain_name(name: str) -> str:
 
 
 class Trunk:
-    """The frozen bottom layers of a language model, and their states of the rows that were read last."""
+    """The frozen layers of a language model, and their states of the rows that were read last.
 
-    def __init__(self, part: Any, depth: int, remembered_rows: int) -> None:
-        self._part = part
+    Attributes:
+        depth: layers below the policy's branch; other branches may begin higher, none lower.
+    """
+
+    def __init__(self, backbone: Any, depth: int, remembered_rows: int) -> None:
+        self._backbone, self._frozen = backbone, depth
         self.depth = depth
         self._capacity = remembered_rows
-        self._states: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._levels: dict[int, OrderedDict[bytes, Tensor]] = {depth: OrderedDict()}
 
     @classmethod
     def of(cls, lm: Any, *, top: int, remembered_rows: int) -> Trunk:
@@ -113,82 +119,105 @@ class Trunk:
         if not all(hasattr(backbone, name) for name in ("embed_tokens", "layers", "norm")):
             raise _uncuttable(backbone)
         depth = len(layers_of(backbone)) - top
-        trunk = cls(_part_of(backbone, 0, depth, with_norm=False), depth, remembered_rows)
+        trunk = cls(backbone, depth, remembered_rows)
         _check_split(backbone, trunk)
         return trunk
 
+    def grow(self, reference: Any) -> None:
+        """Above the policy's branch go on with the layers of a frozen model, for branches that begin there."""
+        self._backbone, self._frozen = backbone_of(reference), len(layers_of(backbone_of(reference)))
+
     def branch(self, model: Any) -> Branch:
-        """The backbone of `model` over this trunk: its top layers stay its own, its bottom ones become the trunk's.
+        """The backbone of `model` over this trunk: up to its first layer that is trained, or another than the trunk's,
+        its layers become the trunk's.
 
         Raises:
-            ModelError: its bottom layers are others than the trunk's.
+            ModelError: it has fewer layers in common with the trunk than the policy.
         """
         backbone = backbone_of(model)
-        if not self.is_under(model):
+        begin = min(self.common_layers(model), len(layers_of(backbone)) - 1)  # something to compute
+        if begin < self.depth:
             raise ModelError(
                 f"the lowest {self.depth} layers of {model.config._name_or_path} are not those of the policy",
                 fix="train it from the same model with tuning.layers, or set sharing: separate",
             )
-        backbone.embed_tokens = self._part.embed_tokens
-        for i, layer in enumerate(self._part.layers):
-            backbone.layers[i] = layer
-        return Branch(self, _part_of(backbone, self.depth, len(backbone.layers), with_norm=True))
+        backbone.embed_tokens = self._backbone.embed_tokens
+        for i in range(begin):
+            backbone.layers[i] = self._backbone.layers[i]
+        self._levels.setdefault(begin, OrderedDict())
+        return Branch(self, begin, _part_of(backbone, begin, len(backbone.layers), with_norm=True))
 
-    def is_under(self, model: Any) -> bool:
-        """Whether the bottom layers and embeddings of `model` have the trunk's values, in the trunk's dtype."""
+    def common_layers(self, model: Any) -> int:
+        """How many of its bottom layers are not trained and have the trunk's values, in the trunk's dtype; -1 where
+        the embeddings are others."""
         backbone = backbone_of(model)
-        if len(backbone.layers) < self.depth:
-            return False
-        mine = [self._part.embed_tokens, *self._part.layers]
-        theirs = [backbone.embed_tokens, *backbone.layers[: self.depth]]
-        return all(map(_equal, mine, theirs))
+        pairs = zip(self._backbone.layers[: self._frozen], backbone.layers, strict=False)
+        if not _equal(self._backbone.embed_tokens, backbone.embed_tokens):
+            return -1
+        return sum(1 for _ in itertools.takewhile(lambda pair: _equal(*pair), pairs))
 
     @torch.no_grad()
-    def states(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Hidden states under the branches, [B, T, H], undefined on padding; computed for new rows only."""
+    def states(self, tokens_BT: Tensor, mask_BT: Tensor, level: int | None = None) -> Tensor:
+        """Hidden states that go into layer `level`, [B, T, H], undefined on padding; computed for new rows only.
+
+        Args:
+            level: one where a branch begins; default: the policy's.
+        """
+        level = self.depth if level is None else level
+        remembered = self._levels[level]
         keys = [_key(tokens[mask]) for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
-        new = [i for i, key in enumerate(keys) if key not in self._states]
-        found: dict[bytes, Tensor] = {key: self._states[key] for key in keys if key in self._states}
+        new = [i for i, key in enumerate(keys) if key not in remembered]
+        found: dict[bytes, Tensor] = {key: remembered[key] for key in keys if key in remembered}
         if new:
-            states_BTH = hidden_states(self._part, tokens_BT[new], mask_BT[new])
-            found |= {keys[i]: states_BTH[n][mask_BT[i]] for n, i in enumerate(new)}
-        self._remember(found)
+            tokens_NT, mask_NT = tokens_BT[new], mask_BT[new]
+            below = max((lower for lower in self._levels if lower < level), default=None)
+            inputs_NTH = None if below is None else self.states(tokens_NT, mask_NT, below)
+            states_NTH = hidden_states(self._part(below or 0, level), tokens_NT, mask_NT, inputs_BTH=inputs_NTH)
+            found |= {keys[i]: states_NTH[n][mask_BT[i]] for n, i in enumerate(new)}
+        self._remember(level, found)
         out = found[keys[0]].new_zeros(*mask_BT.shape, found[keys[0]].shape[1])
         out[mask_BT] = torch.cat([found[key] for key in keys])
         return out
 
     def remember(self, tokens: Sequence[int], states_TH: Tensor) -> None:
-        """States of a row that were met elsewhere: decoding runs the same layers, `rlhf.rollout.generate.Tap`."""
-        self._remember({_key(torch.tensor(tokens)): states_TH.to(self._part.embed_tokens.weight.dtype)})
+        """States under the policy's branch that were met elsewhere: decoding runs the same layers
+        (`rlhf.rollout.generate.Tap`)."""
+        states_TH = states_TH.to(self._backbone.embed_tokens.weight.dtype)
+        self._remember(self.depth, {_key(torch.tensor(tokens)): states_TH})
 
-    def states_of_packed(self, tokens_BS: Tensor, mask_B1SS: Tensor, positions_BS: Tensor) -> Tensor:
+    def states_of_packed(self, tokens_BS: Tensor, mask_B1SS: Tensor, positions_BS: Tensor, level: int) -> Tensor:
         """The same for rows that hold several answers (`reward_model.packing`); not remembered."""
         with torch.no_grad():
-            return hidden_states(self._part, tokens_BS, mask_B1SS, positions_BS)
+            return hidden_states(self._part(0, level), tokens_BS, mask_B1SS, positions_BS)
 
-    def _remember(self, found: dict[bytes, Tensor]) -> None:
-        for key, states in found.items():
-            self._states[key] = states
-            self._states.move_to_end(key)
-        while len(self._states) > self._capacity:
-            self._states.popitem(last=False)
+    def _part(self, start: int, stop: int) -> Any:
+        return _part_of(self._backbone, start, stop, with_norm=False)
+
+    def _remember(self, level: int, found: dict[bytes, Tensor]) -> None:
+        states = self._levels[level]
+        for key, states_TH in found.items():
+            states[key] = states_TH
+            states.move_to_end(key)
+        while len(states) > self._capacity:
+            states.popitem(last=False)
 
 
 class Branch(nn.Module):
-    """Top layers and final norm over a trunk; stands where a backbone stands."""
+    """Top layers, from number `level` on, and final norm over a trunk; stands where a backbone stands."""
 
-    def __init__(self, trunk: Trunk, part: Any) -> None:
+    def __init__(self, trunk: Trunk, level: int, part: Any) -> None:
         super().__init__()
         self._trunk = (trunk,)  # in a tuple: a trunk is no part of this module's parameters
+        self.level = level
         self.part = part
 
     def forward(self, tokens_BT: Tensor, attention_mask: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """As `hidden_states`."""
         trunk = self._trunk[0]
         if positions_BT is None:
-            states_BTH = trunk.states(tokens_BT, attention_mask)
+            states_BTH = trunk.states(tokens_BT, attention_mask, self.level)
         else:
-            states_BTH = trunk.states_of_packed(tokens_BT, attention_mask, positions_BT)
+            states_BTH = trunk.states_of_packed(tokens_BT, attention_mask, positions_BT, self.level)
         return hidden_states(self.part, tokens_BT, attention_mask, positions_BT, inputs_BTH=states_BTH)
 
 
@@ -207,9 +236,11 @@ def _part_of(backbone: Any, start: int, stop: int, *, with_norm: bool) -> Any:
 
 
 def _equal(mine: nn.Module, theirs: nn.Module) -> bool:
+    """Not trained, and of the same values."""
     ours, others = dict(mine.named_parameters()), dict(theirs.named_parameters())
     return ours.keys() == others.keys() and all(
-        others[name] is p or torch.equal(p.to(others[name].dtype), others[name].to(p.device))
+        others[name] is p
+        or (not others[name].requires_grad and torch.equal(p.to(others[name].dtype), others[name].to(p.device)))
         for name, p in ours.items()
     )
 
@@ -219,11 +250,11 @@ def _check_split(backbone: Any, trunk: Trunk) -> None:
     """Tried on two ragged rows: some models scale what they are given as embeddings, or hand on more than states."""
     tokens_BT = ((torch.arange(8).view(2, 4) * 7919 + 11) % backbone.config.vocab_size).to(backbone.device)
     mask_BT = torch.tensor([[True] * 4, [True] * 2 + [False] * 2], device=backbone.device)
-    top = Branch(trunk, _part_of(backbone, trunk.depth, len(backbone.layers), with_norm=True))
+    top = Branch(trunk, trunk.depth, _part_of(backbone, trunk.depth, len(backbone.layers), with_norm=True))
     with agreed_precision(backbone) as tolerance:
         whole = hidden_states(backbone, tokens_BT, mask_BT)[mask_BT].float()
         split = top(tokens_BT, mask_BT)[mask_BT].float()
-    trunk._states.clear()
+    trunk._levels[trunk.depth].clear()
     if float((whole - split).norm()) > tolerance * float(whole.norm()):
         raise _uncuttable(backbone)
 

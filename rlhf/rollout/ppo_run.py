@@ -36,6 +36,7 @@ class PPORun:
         progress: Progress,
         tracker: Tracker,
         saver: Saver,
+        work: StepWork | None,
         *,
         profiled: bool = False,
     ) -> None:
@@ -47,7 +48,7 @@ class PPORun:
         self._saver = saver
         self._seconds: dict[str, float] = {}
         self._last: dict[str, float] = {}
-        self._work = StepWork.of(cfg)
+        self._work = work
         self._profile: StepProfile | None = None
         if profiled:
             traced = min(self.first_step + 1, cfg.steps - 1)  # the first one warms up
@@ -66,11 +67,13 @@ class PPORun:
         module: Any,
         optimizer: Any,
         kl_control: KLController,
+        work: StepWork | None,
     ) -> Iterator[PPORun]:
         """Resume from the newest verified checkpoint when asked to, and open progress and tracking.
 
         Args:
             module: the unwrapped actor-critic whose trained parameters are saved.
+            work: what a step computes, where that can be counted.
 
         Raises:
             CheckpointError: the checkpoint belongs to another configuration or to other inputs.
@@ -91,7 +94,7 @@ class PPORun:
                 resume_step=saver.first_step or None,
                 say=progress.say,
             ) as tracker:
-                yield cls(cfg, runtime, progress, tracker, saver, profiled=options.profile)
+                yield cls(cfg, runtime, progress, tracker, saver, work, profiled=options.profile)
 
     def steps(self) -> Iterator[int]:
         """0-based steps that are still to be done."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rlhf.config_schema import PPOStage
 from rlhf.errors import ModelError
@@ -18,11 +18,12 @@ class StepWork:
 
     Attributes:
         reward: None for a programmatic scorer.
-        trained_layers: of policy and critic, from the top; None: all.
+        trained_layers: of the policy, from the top; None: all.
+        critic_layers: of the critic.
         trains_weights: False for adapters over frozen weights.
         trains_head: of the policy; the critic's always learns.
-        has_trunk: what lies below the trained layers is computed once for all roles and epochs (`sharing: hydra`).
-        trunk_is_sampled: that happens while sampling.
+        begins: role -> the layers below its own, which are computed once for all roles and epochs (`sharing: hydra`).
+        trunk_is_sampled: those below the policy's own are computed while sampling.
     """
 
     policy: Shape
@@ -30,14 +31,15 @@ class StepWork:
     reference: Shape
     reward: Shape | None
     trained_layers: int | None
+    critic_layers: int | None
     trains_weights: bool = True
     trains_head: bool = True
-    has_trunk: bool = False
+    begins: Mapping[str, int] = field(default_factory=dict)
     trunk_is_sampled: bool = False
 
     @classmethod
-    def of(cls, cfg: PPOStage) -> StepWork | None:
-        """Of a configuration; None where a model has a shape that cannot be counted."""
+    def of(cls, cfg: PPOStage, begins: Mapping[str, int] | None = None) -> StepWork | None:
+        """Of a configuration, and of what its models have in common; None where a shape cannot be counted."""
         critic = cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model
         try:
             return cls(
@@ -46,9 +48,10 @@ class StepWork:
                 reference=shape_from_config(cfg.reference or cfg.model),
                 reward=shape_from_config(cfg.reward_model, scalar=True) if cfg.reward_model else None,
                 trained_layers=cfg.tuning.layers,
+                critic_layers=cfg.critic_layers or cfg.tuning.layers,
                 trains_weights=cfg.tuning.kind == "full",
                 trains_head=cfg.tuning.kind == "full" and cfg.tuning.layers is None,
-                has_trunk=cfg.sharing == "hydra",
+                begins=begins or {},
                 trunk_is_sampled=cfg.sharing == "hydra" and cfg.sampling.engine == "native",
             )
         except ModelError:
@@ -62,38 +65,45 @@ class StepWork:
             epochs: passes of the update over them; fewer than configured where `target_kl` ended it early.
             reused: of these passes, how much of a forward was the scoring's own.
 
-        Pretraining texts (`ptx`) are not counted. With a trunk every role is taken to stand on it.
+        Pretraining texts (`ptx`) are not counted.
         """
         load = causal_load(prompt + sampled for prompt, sampled in rows)
         actions = sum(sampled for _, sampled in rows)
-        heads = [(self.policy, actions), (self.reference, actions), (self.critic, load.tokens)]
-        heads += [(self.reward, load.tokens)] if self.reward else []
-        own = self.trained_layers if self.has_trunk else None
-        score = sum(forward_flops(shape, load, head_positions=at, layers=own) for shape, at in heads)
-        if self.has_trunk and not self.trunk_is_sampled:
-            score += self._below(self.policy, load)
-        forward = update = 0
-        for shape, at, trains_head in ((self.policy, actions, self.trains_head), (self.critic, load.tokens, True)):
-            below = 0 if self.has_trunk else self._below(shape, load)
-            forward += below + forward_flops(shape, load, head_positions=at, layers=self.trained_layers)
-            update += below + training_flops(
+        passes = {
+            "policy": self._forward("policy", self.policy, load, actions),
+            "reference": self._forward("reference", self.reference, load, actions),
+            "critic": self._forward("critic", self.critic, load, load.tokens),
+        }
+        if self.reward:
+            passes["reward"] = self._forward("reward", self.reward, load, load.tokens)
+        sampled = self.begins.get("policy", 0) if self.trunk_is_sampled else 0
+        common = max(self.begins.values(), default=0) - sampled
+        score = sum(passes.values()) + forward_flops(self.policy, load, head_positions=0, layers=common)
+        update = 0
+        for role, shape, at, trained, trains_head in (
+            ("policy", self.policy, actions, self.trained_layers, self.trains_head),
+            ("critic", self.critic, load.tokens, self.critic_layers, True),
+        ):
+            frozen = 0 if trained is None else shape.layers - self.begins.get(role, 0) - trained
+            update += forward_flops(shape, load, head_positions=0, layers=frozen) + training_flops(
                 shape,
                 load,
                 head_positions=at,
-                trained_layers=self.trained_layers,
+                trained_layers=trained,
                 trains_weights=self.trains_weights,
                 trains_head=trains_head,
             )
+        forward = passes["policy"] + passes["critic"]
         return {
             "generate": float(sampling_flops(self.policy, rows)),
             "score": float(score),
             "update": float(update * epochs - forward * reused),
         }
 
-    def _below(self, shape: Shape, load: Load) -> int:
-        """A forward through the layers that are not trained."""
-        layers = 0 if self.trained_layers is None else shape.layers - self.trained_layers
-        return forward_flops(shape, load, head_positions=0, layers=layers)
+    def _forward(self, role: str, shape: Shape, load: Load, head_positions: int) -> int:
+        """Through the layers of its own."""
+        layers = shape.layers - self.begins.get(role, 0)
+        return forward_flops(shape, load, head_positions=head_positions, layers=layers)
 
 
 def row_lengths(batch: RolloutBatch) -> list[tuple[int, int]]:

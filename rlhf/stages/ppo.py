@@ -42,6 +42,7 @@ from rlhf.rollout.ppo_run import PPORun
 from rlhf.rollout.ptx import load_ptx, ptx_loss, ptx_texts
 from rlhf.rollout.scorers import SCORERS
 from rlhf.rollout.statistics import step_metrics
+from rlhf.rollout.work import StepWork
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
 from rlhf.types import KLController, RewardFn, Rollout, RolloutBatch, RunResult
@@ -60,8 +61,15 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
     actor_critic, optimizer = runtime.prepare(roles.actor_critic, optimizer, micro_batch_size=cfg.micro_batch_size)
     kl_control = build_kl_control(cfg, runtime)
 
-    module = roles.actor_critic
-    with PPORun.open(cfg, options, runtime, module=module, optimizer=optimizer, kl_control=kl_control) as run:
+    with PPORun.open(
+        cfg,
+        options,
+        runtime,
+        module=roles.actor_critic,
+        optimizer=optimizer,
+        kl_control=kl_control,
+        work=StepWork.of(cfg, roles.begins(reward_fn)),
+    ) as run:
         if runtime.is_main:
             show_prompts(run.progress.console, roles.tokenizer, title, prompts)
         for step in run.steps():

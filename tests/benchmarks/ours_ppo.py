@@ -25,17 +25,25 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+REWARD_LAYERS = 4
+"""Top layers of the reward model that are not the policy's: with `sharing: hydra` it has them for itself."""
+
+
 def reward_model(model: str) -> str:
-    """A reward model with a random head, made once; what it says does not change the time."""
+    """A reward model with a random head and other top layers, made once; what it says does not change the time."""
     import torch
 
     from reward_model.model import save_reward_model
     from rlhf.models.load import load_sequence_classifier, load_tokenizer
 
-    folder = BUILD / "reward_model"
+    folder = BUILD / f"reward_model_{REWARD_LAYERS}"
     if not folder.exists():
         torch.manual_seed(0)
         classifier = load_sequence_classifier(model, dtype=torch.bfloat16, new_head=True)
+        with torch.no_grad():
+            for layer in classifier.model.layers[-REWARD_LAYERS:]:
+                for parameter in layer.parameters():
+                    parameter.mul_(1.01)
         save_reward_model(folder, classifier, load_tokenizer(model), {"mean": 0.0, "std": 1.0})
     return str(folder)
 

@@ -29,7 +29,11 @@ class Side:
 SIDES = {
     "separate": Side("four models, full", ("sharing=separate", "tuning={kind: full}"), "same"),
     "lora": Side("one base, LoRA per role", ("sharing=lora", "tuning={kind: lora}"), "other"),
-    "hydra": Side("one trunk, top layers per role", ("sharing=hydra", "tuning={kind: full, layers: 4}"), "other"),
+    "hydra": Side(
+        "one trunk, top layers per role",
+        ("sharing=hydra", "tuning={kind: full, layers: 8}", "critic_init=policy", "critic_layers=2"),
+        "other",
+    ),
 }
 
 
@@ -43,7 +47,8 @@ def _is_known(override: str) -> bool:
 
     key, _, value = override.partition("=")
     field = PPOStage.model_fields.get(key.split(".")[0])
-    choices = typing.get_args(field.annotation) if field else ()
+    is_choice = field is not None and typing.get_origin(field.annotation) is typing.Literal
+    choices = typing.get_args(field.annotation) if is_choice else ()
     return field is not None and ("." in key or not choices or value in choices)
 
 

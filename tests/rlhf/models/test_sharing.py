@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_lm
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from reward_model.model import RewardModel
@@ -51,6 +52,59 @@ def test_training_is_that_of_separate_models(trained: Any, shared: dict[str, Any
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
     assert ours[1]["objective/kl"] != 0.0
+
+
+@pytest.fixture
+def deep(tiny: Any, tmp_path: Path) -> dict[str, Any]:
+    """Of 4 layers the policy learns 3 and the critic 1; the reward model is the policy up to its 2 top layers."""
+    lm = build_lm(len(tiny.tokenizer), layers=4)
+    lm.save_pretrained(tmp_path / "deep")
+    tiny.tokenizer.save_pretrained(tmp_path / "deep")
+    torch.manual_seed(2)
+    scalar = load_scalar_model(str(tmp_path / "deep"), dtype=torch.float32, new_head=True)
+    with torch.no_grad():
+        for layer in scalar.classifier.model.layers[2:]:
+            layer.mlp.up_proj.weight.mul_(1.1)
+    scalar.classifier.save_pretrained(tmp_path / "deep_reward")
+    tiny.tokenizer.save_pretrained(tmp_path / "deep_reward")
+    models = {"model": str(tmp_path / "deep"), "reward_model": str(tmp_path / "deep_reward")}
+    return {**models, "sharing": "hydra", "tuning": {"kind": "full", "layers": 3}, "critic_layers": 1}
+
+
+@pytest.mark.parametrize("init", ["policy", "reward_model"])
+def test_branches_that_begin_higher_train_as_separate_models(trained: Any, deep: dict[str, Any], init: str) -> None:
+    ours, theirs = (trained(kind, **{**deep, "sharing": kind, "critic_init": init}) for kind in ("hydra", "separate"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize(("init", "critic"), [("policy", 3), ("reward_model", 2)])
+def test_a_branch_begins_where_a_model_learns_or_differs(
+    stage_config: Any, runtime: Runtime, tiny: Any, deep: dict[str, Any], init: str, critic: int
+) -> None:
+    cfg = stage_config("ppo", **deep, critic_init=init)
+    roles = build_roles(cfg, runtime)
+    reward = RewardModel.load(cfg.reward_model, runtime, tokenizer=tiny.tokenizer, share=roles.share)
+    assert roles.begins(reward) == {"policy": 1, "reference": 1, "critic": critic, "reward": 2}
+    below = {id(p) for layer in roles.reference.lm.model.layers[:2] for p in layer.parameters()}
+    assert below <= {id(p) for p in reward._scalar.classifier.parameters()}
+    assert below <= {id(p) for p in roles.actor_critic.critic.scalar.classifier.parameters()}
+    trained_layers = {
+        n.split(".layers.")[1][0]
+        for n, p in roles.actor_critic.critic.named_parameters()
+        if p.requires_grad and ".layers." in n
+    }
+    assert trained_layers == {"3"}
+
+
+def test_every_frozen_layer_reads_a_row_once(trained: Any, deep: dict[str, Any], monkeypatch: Any) -> None:
+    """Level 1 is known from sampling; the reward model asks for level 2, the critic goes on from there to 3."""
+    read: list[tuple[int, int, int]] = []
+    real = Trunk._part
+    monkeypatch.setattr(Trunk, "_part", lambda self, start, stop: read.append((start, stop)) or real(self, start, stop))
+    monkeypatch.setattr(sharing, "_check_split", lambda backbone, trunk: None)  # reads rows of its own
+    trained("run", **deep, critic_init="policy", micro_batch_size=8, steps=2)
+    assert read == [(1, 2), (2, 3)] * 2
 
 
 def reward_of(roles: Roles, runtime: Runtime, tiny: Any) -> Any:
@@ -118,11 +172,10 @@ def test_the_trunk_reads_no_row_that_our_own_code_sampled(
     read: list[int] = []
     real = Trunk.states
 
-    def noting(self: Trunk, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        read.extend(
-            sharing._key(tokens[mask]) not in self._states for tokens, mask in zip(tokens_BT, mask_BT, strict=True)
-        )
-        return real(self, tokens_BT, mask_BT)
+    def noting(self: Trunk, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, level: int) -> torch.Tensor:
+        known = self._levels[level]
+        read.extend(sharing._key(tokens[mask]) not in known for tokens, mask in zip(tokens_BT, mask_BT, strict=True))
+        return real(self, tokens_BT, mask_BT, level)
 
     monkeypatch.setattr(sharing, "_check_split", lambda backbone, trunk: None)  # reads rows of its own
     monkeypatch.setattr(Trunk, "states", noting)
@@ -195,6 +248,7 @@ def test_more_layers_than_there_are_is_an_error(stage_config: Any, runtime: Runt
     [
         ({"sharing": "lora"}, "sharing: lora needs tuning.kind: lora"),
         ({"sharing": "hydra"}, "sharing: hydra needs tuning.layers"),
+        ({**HYDRA, "critic_layers": 2}, "critic_layers 2 is more than tuning.layers 1"),
     ],
 )
 def test_contradictions_are_named(stage_config: Any, changes: dict[str, Any], message: str) -> None:

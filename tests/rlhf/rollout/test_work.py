@@ -91,8 +91,9 @@ def test_layers_that_are_not_trained_have_no_backward(stage_config: Any, tiny: A
 def test_a_trunk_is_read_once_for_all_roles_and_epochs(stage_config: Any, tiny: Any, engine: str, saved: int) -> None:
     """By the native engine while it samples, else in the scoring."""
     changes = {"tuning": {"kind": "full", "layers": 1}, "sampling": {"engine": engine}}
+    begins = dict.fromkeys(("policy", "reference", "critic", "reward"), 1)
     separate = StepWork.of(stage_config("ppo", **changes))
-    hydra = StepWork.of(stage_config("ppo", **changes, sharing="hydra"))
+    hydra = StepWork.of(stage_config("ppo", **changes, sharing="hydra"), begins)
     assert separate is not None
     assert hydra is not None
     layer = forward_flops(hydra.policy, causal_load([8, 9]), head_positions=0, layers=1)
@@ -102,6 +103,29 @@ def test_a_trunk_is_read_once_for_all_roles_and_epochs(stage_config: Any, tiny: 
     top = forward_flops(hydra.policy, causal_load([8, 9]), head_positions=10, layers=1)
     top += forward_flops(hydra.critic, causal_load([8, 9]), head_positions=17, layers=1)
     assert hydra.flops(ROWS, epochs=3, reused=1.0)["update"] == shared["update"] - top
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_each_role_counts_the_layers_above_its_own_beginning(stage_config: Any, sampled: bool) -> None:
+    """Of 9 layers: policy and reference 4, critic 2 of which 1 learns, reward model 3; layers 5 to 7 once for all."""
+    plain = StepWork.of(stage_config("ppo"))
+    assert plain is not None
+    deep = {role: replace(getattr(plain, role), layers=9) for role in ("policy", "critic", "reference", "reward")}
+    begins = {"policy": 5, "reference": 5, "critic": 7, "reward": 6}
+    work = replace(
+        plain, **deep, trained_layers=4, critic_layers=1, trains_head=False, begins=begins, trunk_is_sampled=sampled
+    )
+    load = causal_load([8, 9])
+    layer = forward_flops(plain.policy, load, head_positions=0, layers=1)
+    lm_head = forward_flops(plain.policy, load, head_positions=10, layers=0)
+    scalar_head = forward_flops(plain.critic, load, head_positions=17, layers=0)
+    flops = work.flops(ROWS, epochs=2)
+    below = 2 if sampled else 7
+    assert flops["score"] == (4 + 4 + 2 + 3 + below) * layer + 2 * lm_head + 2 * scalar_head
+    # a frozen head has a forward and its input's gradient
+    assert flops["update"] == 2 * (3 * 4 * layer + 2 * lm_head + (1 + 3) * layer + 3 * scalar_head)
+    first = (4 + 2) * layer + lm_head + scalar_head
+    assert flops["update"] - work.flops(ROWS, epochs=2, reused=1.0)["update"] == first
 
 
 def test_padding_is_no_row_length() -> None:
