@@ -44,18 +44,17 @@ class RewardModel:
         micro_batch_size: int = 16,
         micro_batch_tokens: int | None = None,
         share: Share = keep_apart,
-        keep_adapter: bool = False,
     ) -> RewardModel:
         """Load a reward model that shares the policy's tokenizer, and weights where `share` finds equal ones.
 
         Args:
-            name: folder or hub id; of an adapter, too, which `keep_adapter` leaves over its unchanged base.
+            name: folder or hub id; the folder of an adapter, too, which stays one, over its unchanged base.
 
         Raises:
             ModelError: not a trained one-label classifier, or its tokens mean something else than the policy's.
         """
         require_same_tokens(name, tokenizer, role="reward model")
-        scalar = load_scalar_model(name, dtype=runtime.dtype, keep_adapter=keep_adapter)
+        scalar = load_scalar_model(name, dtype=runtime.dtype, keep_adapter=True)
         scalar.requires_grad_(False).to(runtime.device)
         share(scalar)
         return cls(scalar, runtime, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens)

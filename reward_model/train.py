@@ -64,8 +64,7 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
         scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
         handle = apply_tuning(scalar.classifier, cfg.tuning, runtime.dtype, head=scalar.classifier.score)
         fit(scalar, train, cfg, runtime, progress, tracker)
-        if cfg.tuning.kind == "lora":
-            keep_adapter(handle, scalar, train, cfg, runtime, tokenizer, progress)
+        keep_adapter(handle, scalar, train, cfg, runtime, tokenizer, progress)
         # What is measured from here on is what `final/` holds: adapters folded in, in the run's precision.
         scalar.classifier = merge_tuning(handle).to(runtime.dtype)
         scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
@@ -263,13 +262,18 @@ def keep_adapter(
     tokenizer: Any,
     progress: Progress,
 ) -> None:
-    """Write `adapter/`: adapter and head, unrounded, with a normalisation of their own."""
+    """With LoRA write `adapter/`: adapter and head, unrounded, with a normalisation of their own."""
+    folder = Path(cfg.run_dir) / "adapter"
+    if cfg.tuning.kind != "lora":
+        if runtime.is_main:
+            save_adapter(None, folder)
+        return
     scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
     moments = normalise(scorer, scalar, train, cfg, tokenizer, progress)
     scalar.set_normalisation(0.0, 1.0)
     if runtime.is_main:
         files = {NORMALISATION_FILE: json.dumps(moments, indent=1)}
-        save_adapter(handle, Path(cfg.run_dir) / "adapter", head=scalar.classifier.score, files=files)
+        save_adapter(handle, folder, head=scalar.classifier.score, files=files)
 
 
 def normalise(

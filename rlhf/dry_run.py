@@ -155,10 +155,11 @@ class _Inputs:
         from rlhf.models.adapters import adapter_folder, has_score_head
         from rlhf.models.load import load_config, resolve_model
 
-        resolved = resolve_model(name, convert=False)
-        local = Path(resolved).is_dir()
-        if key == "reward_model" and local:
-            adapter, made_for = adapter_folder(name), load_config(name).architectures or []
+        resolved, adapter = resolve_model(name, convert=False), adapter_folder(name)
+        if key != "reward_model" and self.stage != "reward" and adapter and has_score_head(adapter):
+            raise ModelError(f"{name} is the adapter of a reward model, not of a policy", fix="give a policy's")
+        if key == "reward_model" and Path(resolved).is_dir():
+            made_for = load_config(name).architectures or []
             has_head = any("SequenceClassification" in architecture for architecture in made_for)
             if not (has_head or (adapter and has_score_head(adapter))):
                 raise ModelError(

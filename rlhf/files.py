@@ -52,7 +52,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def content_digest(path: Path, *, exact: bool) -> str | None:
+def content_digest(path: Path, *, exact: bool, above: tuple[Path, ...] = ()) -> str | None:
     """What identifies the content of a data file, or of a model's folder; None when there is neither.
 
     A folder with a manifest is identified by it: it holds the hash of every file. An adapter is nothing without its
@@ -61,14 +61,16 @@ def content_digest(path: Path, *, exact: bool) -> str | None:
     Args:
         exact: a folder without a manifest is read to its end. False: names, sizes and times of its files stand for
             their content, at no cost; a copy then counts as another one.
+        above: adapters whose base this is.
     """
     if path.is_file():
         return sha256_of(path)
     if not path.is_dir():
         return None
     base = _adapted_by(path)
-    if base is not None and base.resolve() != path.resolve():
-        parts = [_folder_digest(path, exact=exact), content_digest(base, exact=exact)]
+    above = (*above, path.resolve())
+    if base is not None and base.resolve() not in above:  # one that is its own base is refused where it is loaded
+        parts = [_folder_digest(path, exact=exact), content_digest(base, exact=exact, above=above)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return _folder_digest(path, exact=exact)
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf.data.templates import tokenizer_fingerprint
 from rlhf.errors import ModelError
 from rlhf.models import adapters, bundled
-from rlhf.models.tuning import merge_tuning
+from rlhf.models.tuning import lora_layers, merge_tuning
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 transformers_logging.disable_progress_bar()
@@ -30,12 +30,11 @@ def resolve_model(name: str, *, convert: bool = True) -> str:
     if name == bundled.NAME:
         return bundled.resolve(convert=convert)
     path = Path(name).expanduser()
-    if adapter := adapters.adapter_folder(name):
-        base = adapters.base_of(adapter)
+    if chain := adapters.chain_of(name):
         try:
-            return resolve_model(base, convert=convert)
+            return resolve_model(adapters.base_of(chain[-1]), convert=convert)
         except ModelError as error:
-            fix = f"correct base_model_name_or_path in {adapter / adapters.CONFIG_FILE}"
+            fix = f"correct base_model_name_or_path in {chain[-1] / adapters.CONFIG_FILE}"
             raise ModelError(f"{name} is an adapter: {error.message}", fix=fix) from None
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -63,7 +62,8 @@ def load_tokenizer(name: str) -> Any:
         ModelError: it cannot be loaded, or has no EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+        own = [str(folder) for folder in adapters.chain_of(name) if (folder / "tokenizer_config.json").is_file()]
+        tokenizer = AutoTokenizer.from_pretrained(own[0] if own else resolve_model(name))
     except (OSError, ValueError) as error:
         raise _explained(name, error) from None
     if tokenizer.eos_token_id is None:
@@ -82,8 +82,6 @@ def load_causal_lm(name: str, *, dtype: torch.dtype) -> Any:
         ModelError: it cannot be loaded, or its logits are not a plain matrix product of the last hidden state.
     """
     lm, _ = _load(AutoModelForCausalLM, name, dtype)
-    if adapter := adapters.adapter_folder(name):
-        lm = merge_tuning(adapters.put_in(lm, adapter))
     _check_head(lm, name)
     return lm
 
@@ -111,8 +109,17 @@ def load_config(name: str) -> Any:
         raise _explained(name, error) from None
 
 
-def _load(auto_class: Any, name: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, set[str]]:
-    """The model, and the names of weights that its files lack."""
+def _load(
+    auto_class: Any, name: str, dtype: torch.dtype, *, keep_adapter: bool = False, **kwargs: Any
+) -> tuple[Any, set[str]]:
+    """The model, and the names of weights that its files lack; adapters are folded in, but for one that is kept."""
+    if adapter := adapters.adapter_folder(name):
+        resolve_model(name)  # for its errors
+        model, missing = _load(auto_class, adapters.base_of(adapter), dtype, **kwargs)
+        handle = adapters.put_in(model, adapter)
+        model = model if keep_adapter else merge_tuning(handle)
+        model.name_or_path = model.config._name_or_path = str(adapter)  # an adapter that comes next is over this one
+        return model, missing - ({"score.weight"} if adapters.has_score_head(adapter) else set())
     config = load_config(name)
     if getattr(config, "final_logit_softcapping", None):  # near 0 a soft cap is the identity: `_check_head` is blind
         raise ModelError(
@@ -133,6 +140,10 @@ def _load(auto_class: Any, name: str, dtype: torch.dtype, **kwargs: Any) -> tupl
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _explained(name, error) from None
+    if lora_layers(model):  # transformers has found both
+        raise ModelError(
+            f"the folder {name} holds a model and an adapter", fix="put the adapter into a folder of its own"
+        )
     return model, set(info["missing_keys"])
 
 
@@ -166,15 +177,11 @@ def load_sequence_classifier(
     if is_classifier and config.num_labels != 1:
         raise ModelError(f"{name} has {config.num_labels} labels", fix="use a reward model with one label")
     with _quiet():  # a missing head is either expected or an error below
-        model, missing = _load(AutoModelForSequenceClassification, name, dtype, num_labels=1)
+        model, missing = _load(AutoModelForSequenceClassification, name, dtype, keep_adapter=keep_adapter, num_labels=1)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ModelError(
             f"{name} ({config.model_type}) has no linear `score` head", fix="use a Llama/Qwen/Gemma/Mistral class model"
         )
-    if adapter := adapters.adapter_folder(name):
-        handle = adapters.put_in(model, adapter)
-        missing -= {"score.weight"} if adapters.has_score_head(adapter) else set()
-        model = model if keep_adapter else merge_tuning(handle)
     if "score.weight" in missing:
         if not new_head:
             raise ModelError(

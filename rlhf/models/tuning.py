@@ -104,16 +104,31 @@ def apply_tuning(model: Any, cfg: TuningConfig, precision: torch.dtype, *, head:
     config = lora_config(cfg, layers)
     if head is not None:
         config.exclude_modules = ["score"]
+    tied = tied_ends(model)
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings.*", UserWarning)  # refused below
             # peft reads an attribute that transformers renamed; nothing that a user could change.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             adapted = get_peft_model(model, config)
     except (ValueError, re.error) as error:
         raise ConfigError(f"tuning.target_modules {cfg.target_modules!r}: {error}", fix="use all-linear") from None
+    if adapted_ends := [name for name in tied if hasattr(model.get_submodule(name), "lora_A")]:
+        raise ConfigError(
+            f"tuning.target_modules names {adapted_ends[0]}, which is tied to another matrix: both would change",
+            fix="leave it out",
+        )
     if head is not None:
         head.float().requires_grad_(True)
     return adapted
+
+
+def tied_ends(model: Any) -> list[str]:
+    """The names of embeddings and output layer where they are one matrix; else none."""
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    if len(ends) < 2 or ends[0].weight is not ends[1].weight:
+        return []
+    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
 
 
 def merge_tuning(handle: Any) -> Any:
@@ -129,8 +144,8 @@ def merge_tuning(handle: Any) -> Any:
     layers = {id(layer) for layer in lora_layers(model)}
     for name, layer in [(name, module) for name, module in model.named_modules() if id(module) in layers]:
         base = layer.get_base_layer()
-        with torch.no_grad():
-            base.weight.copy_(folded_weight(layer))
+        with torch.no_grad():  # a new tensor: others may share the old one
+            base.weight = nn.Parameter(folded_weight(layer).to(base.weight.dtype), requires_grad=False)
         model.set_submodule(name, base)
     if hasattr(model, "peft_config"):  # it would be taken for an adapted model
         del model.peft_config

@@ -117,7 +117,6 @@ def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
         micro_batch_size=2 * cfg.micro_batch_size,
         micro_batch_tokens=2 * cfg.micro_batch_tokens if cfg.micro_batch_tokens else None,
         share=roles.share,
-        keep_adapter=cfg.sharing == "lora",
     )
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from reward_model.model import RewardModel
 from rlhf.config_schema import TuningConfig
 from rlhf.dry_run import describe
-from rlhf.errors import ModelError
+from rlhf.errors import ConfigError, ModelError
 from rlhf.files import content_digest
 from rlhf.models.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, save_adapter
 from rlhf.models.load import load_causal_lm, load_tokenizer, resolve_model
@@ -93,7 +93,7 @@ def test_policy_critic_and_reward_model_stand_on_one_base(
 ) -> None:
     roles = build_roles(stage_config("ppo", **LORA, reward_model=reward), runtime)
     critic = roles.actor_critic.critic.scalar
-    model = RewardModel.load(reward, runtime, tokenizer=tiny.tokenizer, share=roles.share, keep_adapter=True)
+    model = RewardModel.load(reward, runtime, tokenizer=tiny.tokenizer, share=roles.share)
     base = {id(p) for p in roles.actor_critic.policy.lm.parameters() if not p.requires_grad}
     for scalar in (critic, model._scalar):
         others = [name for name, p in scalar.classifier.model.named_parameters() if id(p) not in base]
@@ -129,15 +129,21 @@ def test_ppo_with_a_shared_adapter_scores_as_with_the_folded_reward_model(
 
 
 def test_a_critic_with_an_adapter_of_its_own_is_exported_whole(
-    stage_config: Callable[..., Any], reward: str, tmp_path: Path
+    stage_config: Callable[..., Any], runtime: Runtime, reward: str, tmp_path: Path
 ) -> None:
-    ppo.main(stage_config("ppo", **LORA, reward_model=reward, optim={"lr": 1e-2}), RunOptions())
-    saved = load_scalar_model(str(tmp_path / "ppo" / "critic"), dtype=torch.float32)
-    start = load_scalar_model(reward, dtype=torch.float32)
-    assert (float(saved.mean), float(saved.std)) == (0.5, 2.0)
+    """Policy and critic stand on one base: neither's adapter may get into the other's export."""
+    roles = build_roles(stage_config("ppo", **LORA, reward_model=reward), runtime)
+    moved(roles.actor_critic)
+    critic = roles.actor_critic.critic.scalar
     with torch.no_grad():
-        difference = (saved(TOKENS, MASK) - start(TOKENS, MASK))[MASK].abs()
-    assert 1e-3 < float(difference.max()) < 1.0
+        values, logits = critic(TOKENS, MASK), roles.actor_critic.policy.lm(TOKENS).logits
+        roles.export(tmp_path, torch.float32)
+        saved = load_scalar_model(str(tmp_path / "critic"), dtype=torch.float32)
+        torch.testing.assert_close(saved(TOKENS, MASK)[MASK], values[MASK], atol=1e-5, rtol=1e-5)
+        for folder in ("final", "adapter"):
+            policy = load_causal_lm(str(tmp_path / folder), dtype=torch.float32)
+            torch.testing.assert_close(policy(TOKENS).logits, logits, atol=1e-4, rtol=1e-4)
+    assert (float(saved.mean), float(saved.std)) == (0.5, 2.0)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -176,13 +182,17 @@ def changed_config(folder: str, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message", "fix"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "holds an adapter of kind PREFIX_TUNING", "use LoRA"),
+        ({"peft_type": "PREFIX_TUNING"}, "holds an adapter of kind PREFIX_TUNING", "use plain LoRA"),
         ({"base_model_name_or_path": None}, "does not say which model it adapts", "set base_model_name_or_path"),
         ({"base_model_name_or_path": "/no/such"}, "is an adapter: no model folder /no/such", "correct base_model"),
         ({"target_modules": ["q_proj"]}, "cannot be put into .*weights of other layers", "trained over"),
-        ({"r": 3}, "cannot be put into .*size mismatch|cannot be put into", "trained over"),
+        ({"r": 3}, "cannot be put into .*size mismatch", "trained over"),
+        ({"use_dora": True}, "LoRA with use_dora", "use plain LoRA"),
+        ({"lora_bias": True, "layer_replication": [[0, 2]]}, "LoRA with lora_bias, LoRA with layer_rep", "plain LoRA"),
+        ({"modules_to_save": ["score"]}, "its head is in only one of", "trained over"),
+        ({"base_model_name_or_path": 123}, "does not say which model it adapts", "set base_model_name_or_path"),
     ],
-    ids=["kind", "no base", "base gone", "other layers", "other rank"],
+    ids=["kind", "no base", "base gone", "other layers", "other rank", "dora", "bias", "no head", "number"],
 )
 def test_what_is_wrong_with_an_adapter_is_said(policy: str, changes: Any, message: str, fix: str) -> None:
     changed_config(policy, **changes)
@@ -205,8 +215,75 @@ def test_an_incomplete_adapter_is_refused(policy: str) -> None:
     with pytest.raises(ModelError, match="weights of other layers"):
         load_causal_lm(policy, dtype=torch.float32)
     file.unlink()
-    with pytest.raises(ModelError, match="cannot be put into"):
+    file.with_suffix(".bin").touch()
+    with pytest.raises(ModelError, match=r"holds no adapter_model\.safetensors"):
         load_causal_lm(policy, dtype=torch.float32)
+
+
+def test_an_adapter_that_is_its_own_base_is_refused(policy: str, tmp_path: Path) -> None:
+    shutil.copytree(policy, tmp_path / "other")
+    changed_config(policy, base_model_name_or_path=str(tmp_path / "other"))
+    changed_config(str(tmp_path / "other"), base_model_name_or_path=policy)
+    with pytest.raises(ModelError, match="is its own base"):
+        load_causal_lm(policy, dtype=torch.float32)
+    assert content_digest(Path(policy), exact=True)
+
+
+def test_an_adapter_of_tied_embeddings_is_refused(tiny: Any, tmp_path: Path) -> None:
+    """It would change the matrix at both ends."""
+    lm = load_causal_lm(tiny.path, dtype=torch.float32)
+    lm.config.tie_word_embeddings = True
+    lm.tie_weights()
+    lm.save_pretrained(tmp_path / "tied")
+    tiny.tokenizer.save_pretrained(tmp_path / "tied")
+    tuning = TuningConfig(kind="lora", rank=4, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match="names lm_head, which is tied"):
+        apply_tuning(load_causal_lm(str(tmp_path / "tied"), dtype=torch.float32), tuning, torch.float32)
+    save_adapter(
+        apply_tuning(load_causal_lm(tiny.path, dtype=torch.float32), tuning, torch.float32), tmp_path / "adapter"
+    )
+    load_causal_lm(str(tmp_path / "adapter"), dtype=torch.float32)
+    changed_config(str(tmp_path / "adapter"), base_model_name_or_path=str(tmp_path / "tied"))
+    with pytest.raises(ModelError, match="lm_head is tied to another matrix"):
+        load_causal_lm(str(tmp_path / "adapter"), dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_an_adapter_over_an_adapter_is_both(policy: str, tmp_path: Path) -> None:
+    """What is saved names the folder that it was trained over, not that one's base."""
+    lm = load_causal_lm(policy, dtype=torch.float32)
+    handle = apply_tuning(lm, TUNING, torch.float32)
+    moved(lm)
+    logits = lm(TOKENS).logits
+    save_adapter(handle, tmp_path / "second")
+    again = load_causal_lm(str(tmp_path / "second"), dtype=torch.float32)
+    torch.testing.assert_close(again(TOKENS).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_from_an_adapter_leaves_an_adapter_that_is_its_final_model(
+    stage_config: Callable[..., Any], policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is read from, and though the folder was named from here."""
+    monkeypatch.chdir(tmp_path)
+    cfg = stage_config("ppo", model="policy_adapter", tuning=LORA["tuning"], optim={"lr": 1e-2})
+    ppo.main(cfg, RunOptions())
+    monkeypatch.chdir("/")
+    run = tmp_path / "ppo"
+    final, adapter = (load_causal_lm(str(run / name), dtype=torch.float32) for name in ("final", "adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(adapter(TOKENS).logits, final(TOKENS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_earlier_run_s_adapter_does_not_stay(tiny: Any, policy: str) -> None:
+    assert not save_adapter(load_causal_lm(tiny.path, dtype=torch.float32), Path(policy))
+    assert not Path(policy).exists()
+
+
+def test_an_adapter_may_bring_its_tokenizer(policy: str, tiny: Any) -> None:
+    assert load_tokenizer(policy).chat_template == tiny.tokenizer.chat_template
+    tiny.tokenizer.save_pretrained(policy)
+    (Path(policy) / "chat_template.jinja").write_text("other")
+    assert load_tokenizer(policy).chat_template == "other"
 
 
 def test_policy_and_reward_model_are_not_taken_for_one_another(policy: str, reward: str) -> None:
@@ -240,14 +317,22 @@ def test_an_adapter_over_another_base_is_another_one(policy: str, tiny: Any, tmp
     assert content_digest(Path(policy), exact=True) != before
 
 
-def test_a_folder_with_model_and_adapter_is_a_model(policy: str, tiny: Any, tmp_path: Path) -> None:
+def test_a_folder_with_model_and_adapter_is_refused(policy: str, tiny: Any, tmp_path: Path) -> None:
+    """transformers would put the adapter in by itself, and nothing of ours would know of it."""
     shutil.copytree(tiny.path, tmp_path / "both")
-    shutil.copy(Path(policy) / CONFIG_FILE, tmp_path / "both")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copy(Path(policy) / name, tmp_path / "both")
     assert adapter_folder(str(tmp_path / "both")) is None
-    assert adapter_folder(policy) == Path(policy)
+    with pytest.raises(ModelError, match="holds a model and an adapter"):
+        load_causal_lm(str(tmp_path / "both"), dtype=torch.float32)
 
 
 def test_a_dry_run_knows_whose_adapter_it_is(stage_config: Callable[..., Any], policy: str, reward: str) -> None:
     describe("ppo", stage_config("ppo", **LORA, reward_model=reward), quiet=True)
     with pytest.raises(ModelError, match="no trained `score` head"):
         describe("ppo", stage_config("ppo", **LORA, reward_model=policy), quiet=True)
+    with pytest.raises(ModelError, match="adapter of a reward model, not of a policy"):
+        describe("ppo", stage_config("ppo", model=reward), quiet=True)
+    (Path(reward) / WEIGHTS_FILE).unlink()
+    with pytest.raises(ModelError, match=r"holds no adapter_model\.safetensors"):
+        describe("ppo", stage_config("ppo", **LORA, reward_model=reward), quiet=True)
