@@ -205,10 +205,10 @@ def _reference(cfg: PPOStage, lm: Any, untrained: Any, trunk: Trunk | None, runt
     if cfg.sharing == "separate" or cfg.reference not in (None, cfg.model):
         return Policy(load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype))
     reference = untrained if untrained is not None else cast_copy(lm, runtime.dtype)
-    branch = trunk.branch(reference) if trunk is not None else None
-    if trunk is not None:
-        trunk.grow(reference)
-    return Policy(reference, branch)
+    if trunk is None:
+        return Policy(reference)
+    trunk.grow(reference)
+    return Policy(reference, trunk.branch(reference))
 
 
 def recompute_activations(*models: Any) -> None:

@@ -2,7 +2,7 @@
 
     trunk = Trunk.of(lm, top=6, remembered_rows=64)
     policy_backbone = trunk.branch(lm)          # the policy's own top layers over the common trunk
-    trunk.grow(reference)                       # above the policy's branch the trunk goes on with frozen layers
+    trunk.grow(reference)                       # beside them the trunk goes on with the reference's, which are frozen
     critic_backbone = trunk.branch(classifier)  # begins where it learns or is no longer equal; below it is given up
 
 The trunk's states of a row never change, so they are remembered from sampling or computed once: scoring with
@@ -124,7 +124,7 @@ class Trunk:
         return trunk
 
     def grow(self, reference: Any) -> None:
-        """Above the policy's branch go on with the layers of a frozen model, for branches that begin there."""
+        """Beside the policy's branch go on with the layers of a frozen model, for other branches to begin there."""
         self._backbone, self._frozen = backbone_of(reference), len(layers_of(backbone_of(reference)))
 
     def branch(self, model: Any) -> Branch:

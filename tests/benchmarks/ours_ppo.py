@@ -25,7 +25,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-REWARD_LAYERS = 4
+REWARD_LAYERS = 8
 """Top layers of the reward model that are not the policy's: with `sharing: hydra` it has them for itself."""
 
 

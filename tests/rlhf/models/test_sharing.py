@@ -85,7 +85,7 @@ def test_a_branch_begins_where_a_model_learns_or_differs(
     cfg = stage_config("ppo", **deep, critic_init=init)
     roles = build_roles(cfg, runtime)
     reward = RewardModel.load(cfg.reward_model, runtime, tokenizer=tiny.tokenizer, share=roles.share)
-    assert roles.begins(reward) == {"policy": 1, "reference": 1, "critic": critic, "reward": 2}
+    assert roles.begins(reward) == {"policy": 1, "reference": 3, "critic": critic, "reward": 2}
     below = {id(p) for layer in roles.reference.lm.model.layers[:2] for p in layer.parameters()}
     assert below <= {id(p) for p in reward._scalar.classifier.parameters()}
     assert below <= {id(p) for p in roles.actor_critic.critic.scalar.classifier.parameters()}
@@ -98,7 +98,8 @@ def test_a_branch_begins_where_a_model_learns_or_differs(
 
 
 def test_every_frozen_layer_reads_a_row_once(trained: Any, deep: dict[str, Any], monkeypatch: Any) -> None:
-    """Level 1 is known from sampling; the reward model asks for level 2, the critic goes on from there to 3."""
+    """Level 1 is known from sampling; the reward model asks for level 2, the critic goes on from there to 3, where the
+    reference finds it."""
     read: list[tuple[int, int, int]] = []
     real = Trunk._part
     monkeypatch.setattr(Trunk, "_part", lambda self, start, stop: read.append((start, stop)) or real(self, start, stop))
