@@ -117,11 +117,18 @@ def _first_beyond(ends_BN: Tensor, u_B1: Tensor, weights_BN: Tensor) -> Tensor:
     return index_B1
 
 
-def sample_tokens(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens_B, their log-probabilities, the entropies of the distributions) at `temperature`, in nats, in float32."""
+def sample_tokens(
+    logits_BV: Tensor, temperature: float, generator: torch.Generator, room_2NV: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens_B, their log-probabilities, the entropies of the distributions) at `temperature`, in nats, in float32.
+
+    Args:
+        room_2NV: float32 tables of at least B rows to work in; on a CPU fresh pages for them cost as much as the work.
+    """
     scaled_BV = logits_BV if temperature == 1.0 else logits_BV.float() / temperature
-    logprobs_BV = torch.log_softmax(scaled_BV, 1, dtype=torch.float32)
-    probabilities_BV = logprobs_BV.exp()
+    logprobs, probabilities = (None, None) if room_2NV is None else room_2NV[:, : len(logits_BV)]
+    logprobs_BV = torch.log_softmax(scaled_BV, 1, dtype=torch.float32, out=logprobs)
+    probabilities_BV = torch.exp(logprobs_BV, out=probabilities)
     tokens_B = draw(probabilities_BV, generator)
     chosen_B = logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)
     return tokens_B, chosen_B, -logprobs_BV.mul_(probabilities_BV).sum(1)  # in place: a table of this size is dear
@@ -161,6 +168,7 @@ def generate(
     prompt_of = {id(answer): prompts[i // copies] for i, answer in enumerate(results)}
     rows = Rows(settings)
     logits_BV: Tensor | None = None
+    room_2NV: Tensor | None = None
     while queue or rows.alive:
         if queue and decoder.can_admit and _worth_joining(places - len(rows), copies, places):
             chosen = [queue.popleft() for _ in range(min(len(queue), (places - len(rows)) // copies))]
@@ -168,7 +176,9 @@ def generate(
             logits_BV = new_BV if logits_BV is None else torch.cat((logits_BV, new_BV))
             rows.join(results[i * copies + k] for i in chosen for k in range(copies))
         assert logits_BV is not None, "there are rows, or a decoder without rows admits some"
-        tokens_B, *measured = sample_tokens(rows.constrained(logits_BV), settings.temperature, generator)
+        if room_2NV is None or room_2NV.shape[1] < len(logits_BV):
+            room_2NV = logits_BV.new_empty(2, len(logits_BV), logits_BV.shape[1], dtype=torch.float32)
+        tokens_B, *measured = sample_tokens(rows.constrained(logits_BV), settings.temperature, generator, room_2NV)
         on_tokens(rows.record(tokens_B, *measured))
         if rows.idle >= min(_LEAVE_ROWS, len(rows) / _LEAVE_SHARE):
             kept = torch.tensor(rows.leave(), dtype=torch.long, device=tokens_B.device)

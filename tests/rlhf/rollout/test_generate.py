@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rlhf.errors import DataError
 from rlhf.models.load import load_causal_lm
 from rlhf.models.policy import Policy
-from rlhf.rollout import decode
+from rlhf.rollout import decode, llama
 from rlhf.rollout import generate as generate_module
 from rlhf.rollout.buffer import pad_right
 from rlhf.rollout.generate import Completion, GenerationSettings, draw, generate
@@ -435,3 +435,15 @@ def test_a_model_that_has_sampled_trains_as_before(dtype: torch.dtype, rope: str
     if rope == "default":  # the dynamic one's frequencies follow the longest text so far
         assert losses[1] == losses[0]
     assert losses[1][2] < losses[1][0]
+
+
+def test_memory_that_an_earlier_decoder_left_changes_nothing(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken again, and what stood in it is not seen: 0 times NaN would be NaN."""
+    monkeypatch.setattr(llama, "_spare", [])
+    fresh = sample(lm, PROMPTS, copies=2)
+    left = [id(block) for block in llama._spare]
+    assert left
+    for block in llama._spare:
+        block.fill_(float("nan"))
+    assert sample(lm, PROMPTS, copies=2) == fresh
+    assert sorted(left) == sorted(id(block) for block in llama._spare)
