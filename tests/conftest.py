@@ -105,6 +105,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
+def tiny_lm() -> Callable[..., Any]:
+    """`build_lm`, for tests that want other depths."""
+    return build_lm
+
+
+@pytest.fixture(scope="session")
 def runtime() -> Any:
     from rlhf.runtime import Runtime
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_lm
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from reward_model.model import RewardModel
@@ -55,9 +54,9 @@ def test_training_is_that_of_separate_models(trained: Any, shared: dict[str, Any
 
 
 @pytest.fixture
-def deep(tiny: Any, tmp_path: Path) -> dict[str, Any]:
+def deep(tiny: Any, tiny_lm: Callable[..., Any], tmp_path: Path) -> dict[str, Any]:
     """Of 4 layers the policy learns 3 and the critic 1; the reward model is the policy up to its 2 top layers."""
-    lm = build_lm(len(tiny.tokenizer), layers=4)
+    lm = tiny_lm(len(tiny.tokenizer), layers=4)
     lm.save_pretrained(tmp_path / "deep")
     tiny.tokenizer.save_pretrained(tmp_path / "deep")
     torch.manual_seed(2)
