@@ -77,15 +77,17 @@ def test_branches_that_begin_higher_train_as_separate_models(trained: Any, deep:
         assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize(("init", "critic"), [("policy", 3), ("reward_model", 2)])
+@pytest.mark.parametrize(
+    ("init", "trained", "critic"), [("policy", 1, 3), ("policy", 2, 2), ("policy", 3, 1), ("reward_model", 1, 2)]
+)
 def test_a_branch_begins_where_a_model_learns_or_differs(
-    stage_config: Any, runtime: Runtime, tiny: Any, deep: dict[str, Any], init: str, critic: int
+    stage_config: Any, runtime: Runtime, tiny: Any, deep: dict[str, Any], init: str, trained: int, critic: int
 ) -> None:
-    cfg = stage_config("ppo", **deep, critic_init=init)
+    cfg = stage_config("ppo", **{**deep, "critic_init": init, "critic_layers": trained})
     roles = build_roles(cfg, runtime)
     reward = RewardModel.load(cfg.reward_model, runtime, tokenizer=tiny.tokenizer, share=roles.share)
     assert roles.begins(reward) == {"policy": 1, "reference": 3, "critic": critic, "reward": 2}
-    below = {id(p) for layer in roles.reference.lm.model.layers[:2] for p in layer.parameters()}
+    below = {id(p) for layer in roles.reference.lm.model.layers[:1] for p in layer.parameters()}
     assert below <= {id(p) for p in reward._scalar.classifier.parameters()}
     assert below <= {id(p) for p in roles.actor_critic.critic.scalar.classifier.parameters()}
     trained_layers = {
@@ -93,7 +95,7 @@ def test_a_branch_begins_where_a_model_learns_or_differs(
         for n, p in roles.actor_critic.critic.named_parameters()
         if p.requires_grad and ".layers." in n
     }
-    assert trained_layers == {"3"}
+    assert trained_layers == {str(layer) for layer in range(4 - trained, 4)}
 
 
 def test_every_frozen_layer_reads_a_row_once(trained: Any, deep: dict[str, Any], monkeypatch: Any) -> None:
