@@ -262,7 +262,8 @@ def keep_adapter(
     tokenizer: Any,
     progress: Progress,
 ) -> None:
-    """With LoRA write `adapter/`: adapter and head, unrounded, with a normalisation of their own."""
+    """With LoRA write `adapter/`: adapter and head, unrounded, with a normalisation of their own; else take away an
+    earlier run's."""
     folder = Path(cfg.run_dir) / "adapter"
     if cfg.tuning.kind != "lora":
         if runtime.is_main:

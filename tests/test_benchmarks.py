@@ -133,7 +133,8 @@ def made_up_runs(out: Path) -> None:
                 "optim": {"lr": 1e-4},
                 "reward_model": str(out / "r/final"),
             }
-            rest = {"critic_lr": None, "kl": {"coef": 0.1}, "batch_size": 32, "minibatches": 4, "epochs": 1, "seed": 1}
+            critic = dict.fromkeys(("critic_init", "critic_layers", "critic_lr"))
+            rest = {**critic, "kl": {"coef": 0.1}, "batch_size": 32, "minibatches": 4, "epochs": 1, "seed": 1}
             (folder / "config.yaml").write_text(json.dumps({**config, **rest}))
             (folder / "environment.json").write_text(json.dumps({"git": "abc"}))
             (folder / "result.json").write_text("{}")

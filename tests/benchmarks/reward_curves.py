@@ -27,7 +27,8 @@ from sides import SIDES, existing
 from rlhf.eval.charts import Series, line_chart, number, smoothed_last
 
 REWARD, KL = "objective/scores", "objective/kl"
-SETTING = ("tuning", "sharing", "optim", "critic_lr", "kl", "batch_size", "minibatches", "epochs")
+CRITIC = ("critic_init", "critic_layers", "critic_lr")
+SETTING = ("tuning", "sharing", "optim", *CRITIC, "kl", "batch_size", "minibatches", "epochs")
 """Of a run's configuration, what stands beside its numbers; and the reward model, without where it lay."""
 TONES = {name: tone for tone, name in enumerate(SIDES, start=1)}
 
