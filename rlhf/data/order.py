@@ -7,10 +7,14 @@ import hashlib
 import torch
 
 
-def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by what it is for, e.g. (seed, "sample", step, rank). Nothing to save, nothing to restore."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+def seed_of(*key: object) -> int:
+    """63 bits that depend on what they are for, e.g. (seed, "sample", position)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def generator_for(*key: object) -> torch.Generator:
+    """A generator seeded by what it is for. Nothing to save, nothing to restore."""
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def row_at(index: int, rows: int, seed: int) -> int:
@@ -19,10 +23,20 @@ def row_at(index: int, rows: int, seed: int) -> int:
     return int(_permutation(rows, seed, epoch)[position])
 
 
-def rows_for_step(step: int, size: int, rows: int, *, seed: int, rank: int = 0, world_size: int = 1) -> list[int]:
-    """This rank's `size` rows of 0-based `step`; all ranks together take `size * world_size` consecutive positions."""
+def share_of(count: int, *, rank: int, world_size: int) -> range:
+    """This rank's part of `count` things: the ranks' parts one behind the other are all of them in order."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def positions_of_step(step: int, size: int, *, rank: int = 0, world_size: int = 1) -> range:
+    """This rank's `size` positions in 0-based `step`; all ranks together take `size * world_size` consecutive ones."""
     first = (step * world_size + rank) * size
-    return [row_at(i, rows, seed) for i in range(first, first + size)]
+    return range(first, first + size)
+
+
+def rows_for_step(step: int, size: int, rows: int, *, seed: int, rank: int = 0, world_size: int = 1) -> list[int]:
+    """The rows that stand at `positions_of_step`."""
+    return [row_at(i, rows, seed) for i in positions_of_step(step, size, rank=rank, world_size=world_size)]
 
 
 _cache: dict[tuple[int, int, int], list[int]] = {}

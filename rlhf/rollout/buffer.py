@@ -139,9 +139,21 @@ def _rollouts_from(columns: dict[str, list[Any]]) -> list[Rollout]:
     return rows
 
 
-def minibatch_rows(rows: int, minibatches: int, generator: torch.Generator) -> list[Tensor]:
-    """A fresh permutation of the batch, cut into `minibatches` parts: the optimizer steps of one epoch."""
-    return list(torch.randperm(rows, generator=generator).tensor_split(minibatches))
+def minibatch_rows(
+    rows: int, minibatches: int, generator: torch.Generator, *, rank: int = 0, world_size: int = 1
+) -> list[Tensor]:
+    """This rank's rows of every optimizer step of one epoch, chosen anew from `generator`, which all ranks share.
+
+    Of each `minibatches` neighbours in the global batch one goes into each minibatch. So a minibatch holds the same
+    answers for any number of ranks, though none is exchanged: ranks hold blocks of neighbours.
+
+    Args:
+        rows: of this rank, a multiple of `minibatches`.
+    """
+    groups = rows // minibatches
+    draws_GM = torch.rand(world_size * groups, minibatches, generator=generator)
+    place_GM = draws_GM[rank * groups : (rank + 1) * groups].argsort(1)
+    return list((torch.arange(groups)[:, None] * minibatches + place_GM).T)
 
 
 def micro_batch_rows(rows: Tensor, lengths_B: Tensor, size: int, max_tokens: int | None = None) -> list[Tensor]:

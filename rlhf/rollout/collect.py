@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-
 from rlhf.config_schema import MissingEOSConfig, SamplingConfig
 from rlhf.data.templates import TokenizedPrompt
 from rlhf.errors import DataError
@@ -35,19 +33,21 @@ def collect(
     settings: GenerationSettings,
     *,
     decode: Callable[[list[int]], str],
-    generator: torch.Generator,
+    seeds: Sequence[int],
     copies: int = 1,
     policy: str = "",
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> list[Rollout]:
-    """Sample `copies` responses per prompt; row `[i * copies + k]` is the k-th of prompt i. Not yet scored.
+    """Sample `copies` responses per prompt; row `[i * copies + k]`, of the seed there, is the k-th of prompt i.
+
+    They are not yet scored.
 
     `decode` makes the text that people and programs read; nothing downstream tokenises that text again. The text
     leaves out a sampled EOS or stop string, the tokens keep it: it is an action.
     """
     check_context(engine.context, prompts, settings)
     completions = engine.generate(
-        [p.tokens for p in prompts], settings, generator=generator, copies=copies, on_tokens=on_tokens
+        [p.tokens for p in prompts], settings, seeds=seeds, copies=copies, on_tokens=on_tokens
     )
     rollouts = []
     for i, completion in enumerate(completions):

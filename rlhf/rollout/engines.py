@@ -1,7 +1,7 @@
 """What samples answers, behind one interface: our own decoding, transformers' `generate`, or a vLLM server.
 
 engine = engine_for(cfg.sampling, lm, name)
-completions = engine.generate(prompts, settings, generator=generator, copies=4)
+completions = engine.generate(prompts, settings, seeds=seeds, copies=4)
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Engine(Protocol):
         prompts: Sequence[Sequence[int]],
         settings: GenerationSettings,
         *,
-        generator: torch.Generator,
+        seeds: Sequence[int],
         copies: int = 1,
         on_tokens: Callable[[int], None] = lambda n: None,
     ) -> list[Completion]:
         """`copies` completions of each prompt; `[i * copies + k]` is the k-th of prompt i.
 
-        All chance comes from `generator`; `on_tokens` is told how many tokens are new.
+        All chance of a completion comes from `seeds`, one per completion; `on_tokens` is told how many tokens are new.
         """
         ...
 
@@ -71,14 +71,12 @@ class NativeEngine:
         prompts: Sequence[Sequence[int]],
         settings: GenerationSettings,
         *,
-        generator: torch.Generator,
+        seeds: Sequence[int],
         copies: int = 1,
         on_tokens: Callable[[int], None] = lambda n: None,
     ) -> list[Completion]:
         """See `Engine`."""
-        return generate(
-            self._lm, prompts, settings, generator=generator, copies=copies, on_tokens=on_tokens, tap=self._tap
-        )
+        return generate(self._lm, prompts, settings, seeds=seeds, copies=copies, on_tokens=on_tokens, tap=self._tap)
 
 
 class TransformersEngine:
@@ -93,7 +91,7 @@ class TransformersEngine:
         prompts: Sequence[Sequence[int]],
         settings: GenerationSettings,
         *,
-        generator: torch.Generator,
+        seeds: Sequence[int],
         copies: int = 1,
         on_tokens: Callable[[int], None] = lambda n: None,
     ) -> list[Completion]:
@@ -102,7 +100,7 @@ class TransformersEngine:
         results = [Completion() for _ in rows]
         for begin in range(0, len(rows), settings.batch_size):
             end = begin + settings.batch_size
-            self._batch(rows[begin:end], results[begin:end], settings, generator, on_tokens)
+            self._batch(rows[begin:end], results[begin:end], settings, seeds[begin], on_tokens)
         return results
 
     def _batch(
@@ -110,7 +108,7 @@ class TransformersEngine:
         prompts: list[list[int]],
         results: list[Completion],
         settings: GenerationSettings,
-        generator: torch.Generator,
+        seed: int,
         on_tokens: Callable[[int], None],
     ) -> None:
         from transformers import GenerationConfig
@@ -120,8 +118,8 @@ class TransformersEngine:
         device = self._lm.device
         tokens_BT, mask_BT = left_padded(prompts, device)
         watch = _Watch(settings, results, on_tokens)
-        # transformers draws with torch's global generator: it is set from ours, and put back.
-        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        # transformers draws for all rows at once with torch's global generator: it is set by the first one's seed, and
+        # put back.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             self._lm.generate(

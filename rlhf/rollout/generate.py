@@ -85,8 +85,8 @@ class GenerationSettings:
             raise ValueError("an empty stop string would end every answer at once")
 
 
-def draw(weights_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """One index per row by inverse CDF: the first v with `sum(w[:v + 1]) > u`, u uniform on [0, sum(w)).
+def draw(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """One index per row by inverse CDF: the first v with `sum(w[:v + 1]) > u * sum(w)`, u uniform on [0, 1).
 
     The weights need not add up to 1. First the block that u falls into is found, then the place in it: cumulative
     sums over the whole vocabulary would be passes over memory that the sums of blocks make needless.
@@ -99,7 +99,7 @@ def draw(weights_BV: Tensor, generator: torch.Generator) -> Tensor:
     blocks_BNW = weights_BV.unflatten(1, (-1, _BLOCK))
     sums_BN = blocks_BNW.sum(2)
     ends_BN = sums_BN.cumsum(1)
-    u_B1 = torch.rand(len(ends_BN), 1, generator=generator, device=ends_BN.device) * ends_BN[:, -1:]
+    u_B1 = uniform_B[:, None] * ends_BN[:, -1:]
     block_B1 = _first_beyond(ends_BN, u_B1, sums_BN)
     inner_BW = blocks_BNW.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
     before_B1 = (ends_BN - sums_BN).gather(1, block_B1)
@@ -118,7 +118,7 @@ def _first_beyond(ends_BN: Tensor, u_B1: Tensor, weights_BN: Tensor) -> Tensor:
 
 
 def sample_tokens(
-    logits_BV: Tensor, temperature: float, generator: torch.Generator, room_2NV: Tensor | None = None
+    logits_BV: Tensor, temperature: float, uniform_B: Tensor, room_2NV: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens_B, their log-probabilities, the entropies of the distributions) at `temperature`, in nats, in float32.
 
@@ -129,9 +129,38 @@ def sample_tokens(
     logprobs, probabilities = (None, None) if room_2NV is None else room_2NV[:, : len(logits_BV)]
     logprobs_BV = torch.log_softmax(scaled_BV, 1, dtype=torch.float32, out=logprobs)
     probabilities_BV = torch.exp(logprobs_BV, out=probabilities)
-    tokens_B = draw(probabilities_BV, generator)
+    tokens_B = draw(probabilities_BV, uniform_B)
     chosen_B = logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)
     return tokens_B, chosen_B, -logprobs_BV.mul_(probabilities_BV).sum(1)  # in place: a table of this size is dear
+
+
+class Chance:
+    """Uniform numbers for the rows that are sampled, each row's from a seed of its own.
+
+    So an answer depends on its prompt and its seed alone, not on who is sampled beside it, in which order rows leave,
+    or on how many processes there are (but for rounding in the products of larger or smaller batches).
+    """
+
+    def __init__(self, seeds: Sequence[int], budget: int, device: torch.device) -> None:
+        self._seeds, self._budget = seeds, budget
+        self._table_BT = torch.empty(0, budget, device=device)
+        self._next_B = torch.zeros(0, dtype=torch.long, device=device)
+
+    def join(self, answers: Sequence[int]) -> None:
+        """Rows behind the others: indices into `seeds`."""
+        rows = [torch.rand(self._budget, generator=torch.Generator().manual_seed(self._seeds[i])) for i in answers]
+        self._table_BT = torch.cat((self._table_BT, torch.stack(rows).to(self._table_BT.device)))
+        self._next_B = torch.cat((self._next_B, self._next_B.new_zeros(len(rows))))
+
+    def draw(self) -> Tensor:
+        """The next number of every row, [B]; a row that has ended may stay on and gets its last one again."""
+        uniform_B = self._table_BT.gather(1, self._next_B.clamp(max=self._budget - 1)[:, None]).squeeze(1)
+        self._next_B += 1
+        return uniform_B
+
+    def keep(self, rows: Tensor) -> None:
+        """These rows, in this order."""
+        self._table_BT, self._next_B = self._table_BT[rows], self._next_B[rows]
 
 
 @torch.no_grad()
@@ -140,7 +169,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     *,
-    generator: torch.Generator,
+    seeds: Sequence[int],
     copies: int = 1,
     on_tokens: Callable[[int], None] = lambda n: None,
     tap: Tap | None = None,
@@ -150,7 +179,7 @@ def generate(
     Args:
         lm: a causal language model of transformers, in evaluation mode.
         prompts: token ids, at least one each.
-        generator: of the model's device; the only source of chance.
+        seeds: one per completion, the only source of its chance (`Chance`).
         on_tokens: told the number of new tokens after every decoding step.
         tap: is given the hidden states of every row, if our own code decodes the model. It changes no draw.
     """
@@ -166,7 +195,7 @@ def generate(
         tap=tap.depth if tap else None,
     )
     prompt_of = {id(answer): prompts[i // copies] for i, answer in enumerate(results)}
-    rows = Rows(settings)
+    rows, chance = Rows(settings), Chance(seeds, settings.max_new_tokens, lm.device)
     logits_BV: Tensor | None = None
     room_2NV: Tensor | None = None
     while queue or rows.alive:
@@ -174,15 +203,18 @@ def generate(
             chosen = [queue.popleft() for _ in range(min(len(queue), (places - len(rows)) // copies))]
             new_BV = decoder.admit([prompts[i] for i in chosen], copies)
             logits_BV = new_BV if logits_BV is None else torch.cat((logits_BV, new_BV))
-            rows.join(results[i * copies + k] for i in chosen for k in range(copies))
+            joining = [i * copies + k for i in chosen for k in range(copies)]
+            rows.join(results[i] for i in joining)
+            chance.join(joining)
         assert logits_BV is not None, "there are rows, or a decoder without rows admits some"
         if room_2NV is None or room_2NV.shape[1] < len(logits_BV):
             room_2NV = logits_BV.new_empty(2, len(logits_BV), logits_BV.shape[1], dtype=torch.float32)
-        tokens_B, *measured = sample_tokens(rows.constrained(logits_BV), settings.temperature, generator, room_2NV)
+        tokens_B, *measured = sample_tokens(rows.constrained(logits_BV), settings.temperature, chance.draw(), room_2NV)
         on_tokens(rows.record(tokens_B, *measured))
         if rows.idle >= min(_LEAVE_ROWS, len(rows) / _LEAVE_SHARE):
             kept = torch.tensor(rows.leave(), dtype=torch.long, device=tokens_B.device)
             decoder.keep(kept)
+            chance.keep(kept)
             tokens_B = tokens_B[kept]
         logits_BV = decoder.step(tokens_B) if len(rows) and (queue or rows.alive or tap) else None
         if tap:
@@ -199,8 +231,7 @@ def _worth_joining(free: int, copies: int, places: int) -> bool:
 class Rows:
     """The answers that are being written, in the order in which the model sees them.
 
-    One that has ended stays for another step, in which its last token is read: a tap wants that token's states, and
-    rows must not depend on whether there is one, for chance is drawn in their order.
+    One that has ended stays for another step, in which its last token is read: a tap wants that token's states.
     """
 
     def __init__(self, settings: GenerationSettings) -> None:

@@ -20,8 +20,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from rlhf.errors import ConfigError, DataError
 from rlhf.rollout.generate import Completion, GenerationSettings
 from rlhf.types import StopReason
@@ -57,7 +55,7 @@ class VllmEngine:
         prompts: Sequence[Sequence[int]],
         settings: GenerationSettings,
         *,
-        generator: torch.Generator,
+        seeds: Sequence[int],
         copies: int = 1,
         on_tokens: Callable[[int], None] = lambda n: None,
     ) -> list[Completion]:
@@ -72,8 +70,8 @@ class VllmEngine:
                 "engine vllm cannot apply a constraint written in Python", fix="use engine native or transformers"
             )
         self._check_model()
-        seeds = torch.randint(2**31, (len(prompts),), generator=generator, device=generator.device).tolist()
-        bodies = [self._body(list(p), settings, copies, seed) for p, seed in zip(prompts, seeds, strict=True)]
+        firsts = [seed % 2**31 for seed in seeds[::copies]]  # the server makes the seeds of further copies
+        bodies = [self._body(list(p), settings, copies, seed) for p, seed in zip(prompts, firsts, strict=True)]
         results: list[Completion] = []
         with ThreadPoolExecutor(max(1, settings.batch_size // copies)) as pool:
             for body, answer in zip(bodies, pool.map(lambda b: self._ask("/v1/completions", b), bodies), strict=True):

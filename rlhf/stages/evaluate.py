@@ -13,7 +13,7 @@ import torch
 
 from reward_model.model import RewardModel
 from rlhf.config_schema import EvaluateStage
-from rlhf.data.order import generator_for
+from rlhf.data.order import seed_of, share_of
 from rlhf.data.records import read_prompts
 from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, show_prompts
 from rlhf.eval.diversity import distinct_n
@@ -54,7 +54,6 @@ def main(cfg: EvaluateStage, options: RunOptions) -> RunResult:
     prompts = check_prompt_lengths(
         records, tokenizer, chat=cfg.prompts.chat, max_tokens=cfg.max_prompt_tokens, overlong=cfg.overlong
     )
-    mine = prompts[runtime.rank :: runtime.world_size]
     with Progress(stage="evaluate", enabled=runtime.is_main) as progress:
         if runtime.is_main:
             show_prompts(progress.console, tokenizer, f"{cfg.prompts.path}: format {records.format}", prompts)
@@ -65,7 +64,7 @@ def main(cfg: EvaluateStage, options: RunOptions) -> RunResult:
         answers = {}
         for name, model in cfg.policies.items():
             policy = runtime.freeze(Policy(load_causal_lm(model, dtype=runtime.dtype)))
-            rollouts = sample(name, policy, mine, cfg, runtime, tokenizer, progress)
+            rollouts = sample(name, policy, prompts, cfg, runtime, tokenizer, progress)
             others = Others(
                 reference=policy if model == cfg.reference else reference,
                 base=policy if model == cfg.base else base,
@@ -93,18 +92,20 @@ def sample(
     tokenizer: Any,
     progress: Progress,
 ) -> list[Rollout]:
-    """`samples_per_prompt` answers of one policy. Every policy draws with the same random numbers."""
+    """`samples_per_prompt` answers of one policy to this rank's prompts; all policies draw with the same numbers."""
+    k = cfg.samples_per_prompt
+    mine = share_of(len(prompts), rank=runtime.rank, world_size=runtime.world_size)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     settings = settings_from(cfg.sampling, eos_token_ids(policy.lm, tokenizer), decode)
-    total = len(prompts) * cfg.samples_per_prompt * settings.max_new_tokens
+    total = len(mine) * k * settings.max_new_tokens
     with progress.phase(name, total=total, unit="tokens"):
         return collect(
             engine_for(cfg.sampling, policy.lm, cfg.policies[name]),
-            prompts,
+            [prompts[i] for i in mine],
             settings,
             decode=decode,
-            generator=generator_for(cfg.seed, "evaluate", runtime.rank, device=runtime.device),
-            copies=cfg.samples_per_prompt,
+            seeds=[seed_of(cfg.seed, "evaluate", i, copy) for i in mine for copy in range(k)],
+            copies=k,
             policy=name,
             on_tokens=progress.advance,
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reward_model.model import RewardModel
 from rlhf.config_schema import PPOStage
-from rlhf.data.order import generator_for, rows_for_step
+from rlhf.data.order import generator_for, positions_of_step, row_at, seed_of
 from rlhf.data.records import read_prompts
 from rlhf.data.templates import (
     TokenizedPrompt,
@@ -39,7 +39,7 @@ from rlhf.rollout.buffer import RolloutBuffer, cut_into, micro_batch_rows, minib
 from rlhf.rollout.collect import collect, missing_eos_penalty, settings_from
 from rlhf.rollout.engines import engine_for
 from rlhf.rollout.ppo_run import PPORun
-from rlhf.rollout.ptx import load_ptx, ptx_loss, ptx_texts
+from rlhf.rollout.ptx import add_ptx_gradients, load_ptx, ptx_texts
 from rlhf.rollout.scorers import SCORERS
 from rlhf.rollout.statistics import step_metrics
 from rlhf.rollout.work import StepWork
@@ -79,7 +79,7 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
             with run.phase("score"):
                 # 2. Scores; then old and reference logprobs, and values.
                 batch = score_rollouts(rollouts, reward_fn, cfg, runtime)
-                epochs = plan_epochs(len(batch), cfg, generator_for(cfg.seed, "epochs", step, runtime.rank))
+                epochs = plan_epochs(step, cfg, runtime)
                 learner = Learner(actor_critic, optimizer, cfg, runtime, step, kl_control.coef)
                 kept = evaluate_rollouts(learner, batch, epochs[0], roles.reference)
             if step == 0:
@@ -149,19 +149,17 @@ def load_prompts(cfg: PPOStage, tokenizer: Any) -> tuple[list[TokenizedPrompt], 
 def sample_rollouts(
     step: int, prompts: Sequence[TokenizedPrompt], roles: Roles, cfg: PPOStage, runtime: Runtime, *, on_tokens: Any
 ) -> list[Rollout]:
-    """This rank's rollouts of `step`; prompts and draws depend on (seed, step, rank) alone."""
-    rows = rows_for_step(
-        step, cfg.batch_size, len(prompts), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size
-    )
+    """This rank's rollouts of `step`; a prompt and its draws depend on the seed and its position in the run alone."""
+    positions = positions_of_step(step, cfg.batch_size, rank=runtime.rank, world_size=runtime.world_size)
     decode = partial(roles.tokenizer.decode, skip_special_tokens=True)
     settings = settings_from(cfg.sampling, roles.eos_ids, decode)
     with roles.sampler.ready() as lm:
         rollouts = collect(
             engine_for(cfg.sampling, lm, cfg.model, tap=roles.trunk),
-            [prompts[i] for i in rows],
+            [prompts[row_at(position, len(prompts), cfg.seed)] for position in positions],
             settings,
             decode=decode,
-            generator=generator_for(cfg.seed, "sample", step, runtime.rank, device=runtime.device),
+            seeds=[seed_of(cfg.seed, "sample", position) for position in positions],
             policy="ppo",
             on_tokens=on_tokens,
         )
@@ -189,9 +187,11 @@ def make_batch(rollouts: Sequence[Rollout], cfg: PPOStage, runtime: Runtime) -> 
     return batch
 
 
-def plan_epochs(rows: int, cfg: PPOStage, generator: torch.Generator) -> list[list[Tensor]]:
-    """Rows of every optimizer step: `epochs` lists of `minibatches` index tensors, each epoch freshly permuted."""
-    return [minibatch_rows(rows, cfg.minibatches, generator) for _ in range(cfg.epochs)]
+def plan_epochs(step: int, cfg: PPOStage, runtime: Runtime) -> list[list[Tensor]]:
+    """Rows of every optimizer step: `epochs` lists of `minibatches` index tensors, each epoch freshly chosen."""
+    generator = generator_for(cfg.seed, "epochs", step)
+    ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
+    return [minibatch_rows(cfg.batch_size, cfg.minibatches, generator, **ranks) for _ in range(cfg.epochs)]
 
 
 def evaluate_rollouts(
@@ -317,7 +317,7 @@ def train(
             nth = (step * len(epochs) + epoch) * len(minibatches) + index
             # While the critic warms up, gradients would only fill the frozen policy's moments.
             mixed = ptx if step >= cfg.critic_warmup_steps else ()
-            texts = ptx_texts(mixed, nth, min(len(rows), cfg.micro_batch_size), cfg, runtime)
+            texts = ptx_texts(mixed, nth, len(rows), cfg, runtime)
             sums = update(learner, batch, rows, texts, outputs=kept)
             kept = None
             deviation = sums.pop("max_ratio_deviation")
@@ -364,8 +364,7 @@ def update(
         for name, value in stats.items():
             sums[name] = sums.get(name, 0) + value.detach()
     if texts:
-        with runtime.accumulate(actor_critic, last=True):
-            runtime.backward(ptx_loss(actor_critic, texts, cfg, runtime))
+        add_ptx_gradients(actor_critic, texts, cfg, runtime)
     norm = runtime.step(actor_critic, learner.optimizer, max_grad_norm=cfg.optim.max_grad_norm)
     finite = norm == norm and norm != float("inf")
     reduced = reduce_sums(sums, runtime)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config_schema import DatasetConfig, SampleStage
-from rlhf.data.order import generator_for
+from rlhf.data.order import seed_of, share_of
 from rlhf.data.records import read_prompts
 from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, show_prompts
 from rlhf.models.load import eos_token_ids, load_causal_lm, load_tokenizer, require_same_tokens
@@ -78,17 +78,18 @@ def sample(
     progress: Progress,
 ) -> list[Rollout]:
     """One model's completions from all ranks; every rank samples its share of the prompts."""
-    mine, k = prompts[runtime.rank :: runtime.world_size], cfg.completions_per_prompt // (1 + len(cfg.further_models))
+    k = cfg.completions_per_prompt // (1 + len(cfg.further_models))
+    mine = share_of(len(prompts), rank=runtime.rank, world_size=runtime.world_size)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     settings = settings_from(cfg.sampling, eos_token_ids(lm, tokenizer), decode)
     key = ["sample" if name == "samples" else name, *([model] if model != cfg.model else [])]
     progress.phase(" ".join(key), total=len(mine) * k * settings.max_new_tokens, unit="tokens")
     rollouts = collect(
         engine_for(cfg.sampling, lm, model),
-        mine,
+        [prompts[i] for i in mine],
         settings,
         decode=decode,
-        generator=generator_for(cfg.seed, *key, runtime.rank, device=runtime.device),
+        seeds=[seed_of(cfg.seed, *key, i, copy) for i in mine for copy in range(k)],
         copies=k,
         policy=model,
         on_tokens=progress.advance,

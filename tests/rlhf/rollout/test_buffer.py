@@ -100,18 +100,38 @@ def test_pad_right() -> None:
 # --- minibatches ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "parts"), [(8, 1), (8, 4), (10, 4), (3, 3)])
+@pytest.mark.parametrize(("rows", "parts"), [(8, 1), (8, 4), (10, 5), (3, 3)])
 def test_minibatches_partition_the_rows_evenly(rows: int, parts: int) -> None:
     cut = minibatch_rows(rows, parts, torch.Generator().manual_seed(0))
     assert sorted(torch.cat(cut).tolist()) == list(range(rows))
-    assert len(cut) == parts
-    assert max(map(len, cut)) - min(map(len, cut)) <= 1
+    assert [len(part) for part in cut] == [rows // parts] * parts
 
 
-def test_each_epoch_is_a_fresh_permutation() -> None:
+def test_minibatches_are_chosen_anew_each_epoch() -> None:
     generator = torch.Generator().manual_seed(0)
     epochs = [torch.cat(minibatch_rows(16, 2, generator)).tolist() for _ in range(3)]
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_any_row_may_come_into_any_minibatch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert {int(minibatch_rows(8, 4, generator)[0][1]) for _ in range(100)} == {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_minibatches_hold_the_same_rows_for_any_number_of_ranks(world_size: int) -> None:
+    def draws() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    size = 16 // world_size
+    alone = [set(rows.tolist()) for rows in minibatch_rows(16, 4, draws())]
+    together: list[set[int]] = [set() for _ in alone]
+    for rank in range(world_size):
+        for found, rows in zip(
+            together, minibatch_rows(size, 4, draws(), rank=rank, world_size=world_size), strict=True
+        ):
+            found |= {rank * size + row for row in rows.tolist()}
+    assert together == alone
 
 
 LENGTHS = torch.tensor([9, 2, 7, 4, 4, 1, 8])

@@ -29,7 +29,7 @@ def collected(tiny: Any) -> list[Rollout]:
         prompts,
         GenerationSettings((tiny.eos,), 8),
         decode=lambda tokens: tiny.tokenizer.decode(tokens),
-        generator=torch.Generator().manual_seed(0),
+        seeds=range(24),
         copies=8,
         policy="sft",
     )
@@ -80,7 +80,7 @@ def test_a_stop_string_is_an_action_but_no_text(tiny: Any) -> None:
             SamplingConfig(max_new_tokens=20, stop=[" sun", "the "]), [tiny.eos], lambda t: tiny.tokenizer.decode(t)
         ),
         decode=lambda tokens: tiny.tokenizer.decode(tokens),
-        generator=torch.Generator().manual_seed(0),
+        seeds=range(60),
         copies=60,
     )
     stopped = [r for r in rollouts if r.stop is StopReason.STOP]

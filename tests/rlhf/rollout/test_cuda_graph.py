@@ -38,7 +38,7 @@ class Notes(dict[tuple[int, ...], torch.Tensor]):
 
 def sample(lm: Any, tap: Notes | None = None) -> list[Any]:
     settings = GenerationSettings((3,), 20, batch_size=6)
-    return generate(lm, PROMPTS, settings, generator=torch.Generator().manual_seed(0), copies=2, tap=tap)
+    return generate(lm, PROMPTS, settings, seeds=range(2 * len(PROMPTS)), copies=2, tap=tap)
 
 
 class Plain:

@@ -28,37 +28,35 @@ def lm(tiny: Any) -> Any:
 
 def sample(lm: Any, prompts: list[list[int]], *, seed: int = 0, copies: int = 1, **settings: Any) -> list[Completion]:
     given = GenerationSettings(**{"eos_ids": (3,), "max_new_tokens": 12, **settings})
-    return generate(lm, prompts, given, generator=torch.Generator().manual_seed(seed), copies=copies)
+    return generate(lm, prompts, given, seeds=seeds_of(seed, len(prompts) * copies), copies=copies)
 
 
-def fixed_uniforms(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.tensor(values).view(*shape))
+def seeds_of(seed: int, count: int) -> list[int]:
+    return [1000 * seed + i for i in range(count)]
 
 
 # --- draw -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("u", "index"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.7499, 2), (0.75, 4), (0.999999, 4)])
-def test_draw_inverts_the_cumulative_sum(monkeypatch: pytest.MonkeyPatch, u: float, index: int) -> None:
+def test_draw_inverts_the_cumulative_sum(u: float, index: int) -> None:
     # cumulative: 0, 1/4, 3/4, 3/4, 1, 1: the empty cells 0, 3 and 5 are never drawn
-    fixed_uniforms(monkeypatch, [u])
     probabilities = torch.tensor([[0.0, 0.25, 0.5, 0.0, 0.25, 0.0]])
-    assert draw(probabilities, torch.Generator()).tolist() == [index]
+    assert draw(probabilities, torch.tensor([u])).tolist() == [index]
 
 
-def test_draw_scales_to_a_total_that_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed_uniforms(monkeypatch, [0.5, 0.6])
+def test_draw_scales_to_a_total_that_is_not_one() -> None:
     probabilities = torch.tensor([[0.2, 0.2, 0.2, 0.2], [2.0, 2.0, 0.0, 1.0]])  # halves: 0.4 of 0.8; 3 of 5
-    assert draw(probabilities, torch.Generator()).tolist() == [2, 1]
+    assert draw(probabilities, torch.tensor([0.5, 0.6])).tolist() == [2, 1]
 
 
-def test_draw_at_the_total_gives_the_last_index_with_probability(monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed_uniforms(monkeypatch, [1.0, 1.0, 0.0])  # u = total: what rounding can make of 0.99999997
+def test_draw_at_the_total_gives_the_last_index_with_probability() -> None:
+    uniform = torch.tensor([1.0, 1.0, 0.0])  # u = total: what rounding can make of 0.99999997
     probabilities = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.3, 0.7], [0.0, 1.0, 0.0, 0.0]])
-    assert draw(probabilities, torch.Generator()).tolist() == [1, 3, 1]
+    assert draw(probabilities, uniform).tolist() == [1, 3, 1]
 
 
-def test_draw_at_the_edge_of_a_block_gives_no_token_without_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_at_the_edge_of_a_block_gives_no_token_without_weight() -> None:
     """Rounding can put the edge of a block above u, which its predecessor's end says is inside."""
     blocks_NW = torch.rand(400, 128, generator=torch.Generator().manual_seed(0))
     blocks_NW[:, 0] = 0.0
@@ -69,13 +67,13 @@ def test_draw_at_the_edge_of_a_block_gives_no_token_without_weight(monkeypatch: 
     edges = hit_N.nonzero().flatten().tolist()
     assert edges, "no such edge among these blocks"
     for edge in edges:
-        fixed_uniforms(monkeypatch, [float(shares_N[edge])])
-        index = int(draw(blocks_NW.view(1, -1), torch.Generator()))
+        index = int(draw(blocks_NW.view(1, -1), shares_N[edge : edge + 1]))
         assert index == (edge + 1) * 128 + 1, "the first with weight behind the edge"
 
 
 def test_draw_has_the_right_frequencies() -> None:
-    drawn = draw(torch.tensor([0.05, 0.0, 0.15, 0.5, 0.3]).expand(20_000, 5), torch.Generator().manual_seed(0))
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    drawn = draw(torch.tensor([0.05, 0.0, 0.15, 0.5, 0.3]).expand(20_000, 5), uniform)
     first, never, *rest = torch.bincount(drawn, minlength=5).tolist()
     assert never == 0
     assert chisquare([first, *rest], [1_000, 3_000, 10_000, 6_000]).pvalue > 1e-3
@@ -188,10 +186,21 @@ def test_on_tokens_counts_every_new_token(lm: Any) -> None:
         lm,
         PROMPTS,
         GenerationSettings((3,), 12),
-        generator=torch.Generator().manual_seed(0),
+        seeds=seeds_of(0, len(PROMPTS)),
         on_tokens=seen.append,
     )
     assert sum(seen) == sum(len(c.tokens) for c in drawn)
+
+
+def test_an_answer_depends_on_its_prompt_and_seed_alone(lm: Any) -> None:
+    """Not on its neighbours, on the order, or on how many fit beside it."""
+    settings = GenerationSettings((3,), 12, batch_size=4)
+    prompts = [[2, *range(5, 6 + i % 7)] for i in range(12)]
+    together = generate(lm, prompts, settings, seeds=range(24), copies=2)
+    assert len({tuple(c.tokens) for c in together}) > 12
+    for i in (11, 3, 7):
+        (alone,) = generate(lm, [prompts[i]], settings, seeds=[2 * i + 1])
+        assert alone.tokens == together[2 * i + 1].tokens
 
 
 @pytest.mark.parametrize("kind", ["lean", "transformers"])
@@ -385,8 +394,7 @@ def test_a_tap_gets_the_states_of_every_row(
     settings = GenerationSettings((3,), 16, batch_size=6)
     found = []
     for tap in (None, notes := Notes(depth)):
-        draws = torch.Generator().manual_seed(0)
-        found.append(generate(lm, prompts, settings, generator=draws, copies=2, tap=tap))
+        found.append(generate(lm, prompts, settings, seeds=seeds_of(0, 18), copies=2, tap=tap))
     assert [c.tokens for c in found[1]] == [c.tokens for c in found[0]]
     assert {c.stop for c in found[0]} == {StopReason.EOS, StopReason.LENGTH}
     rows = [[*prompts[i // 2], *c.tokens] for i, c in enumerate(found[0])]
@@ -400,7 +408,7 @@ def test_a_tap_gets_the_states_of_every_row(
 def test_a_model_of_another_shape_has_no_states_to_give(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "has_llama_shape", lambda lm: False)
     notes = Notes(1)
-    answers = generate(lm, PROMPTS, GenerationSettings((3,), 4), generator=torch.Generator().manual_seed(0), tap=notes)
+    answers = generate(lm, PROMPTS, GenerationSettings((3,), 4), seeds=seeds_of(0, len(PROMPTS)), tap=notes)
     assert len(answers) == len(PROMPTS)
     assert notes.rows == []
 

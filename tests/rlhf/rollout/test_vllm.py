@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-import torch
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.rollout.generate import GenerationSettings
@@ -93,7 +92,7 @@ def engine(server: Standin, model: str = "policy") -> VllmEngine:
 
 def sample(server: Standin, *, copies: int = 3, seed: int = 0, **settings: Any) -> list[Any]:
     given = GenerationSettings((EOS, 5), BUDGET, 0.7, 8, stop=("END",), decode=str, **settings)
-    return engine(server).generate([[1, 2], [4]], given, generator=torch.Generator().manual_seed(seed), copies=copies)
+    return engine(server).generate([[1, 2], [4]], given, seeds=range(seed, seed + 2 * copies), copies=copies)
 
 
 def test_the_request_names_everything(server: Standin) -> None:
@@ -121,13 +120,14 @@ def test_the_request_names_everything(server: Standin) -> None:
     assert one["seed"] != two["seed"]
 
 
-def test_seeds_come_from_the_generator(server: Standin) -> None:
+def test_the_first_seed_of_a_prompt_is_sent(server: Standin) -> None:
+    """The server draws all copies of a prompt from one."""
     seeds = []
-    for seed in (0, 0, 1):
+    for seed in (0, 0, 2**31 + 1):
         server.bodies.clear()
         sample(server, seed=seed)
         seeds.append(sorted(body["seed"] for body in server.bodies))
-    assert seeds[0] == seeds[1] != seeds[2]
+    assert seeds == [[0, 3], [0, 3], [1, 4]]
 
 
 def test_the_answer_becomes_completions(server: Standin) -> None:
@@ -162,7 +162,7 @@ def test_a_server_that_goes_on_failing(server: Standin) -> None:
 def test_an_absent_server(server: Standin) -> None:
     absent = VllmEngine("http://127.0.0.1:1", "policy", wait_s=0.01, attempts=2)
     with pytest.raises(ConfigError, match=r"no answer from http://127.0.0.1:1/v1/models in 2 attempts .*refused") as e:
-        absent.generate([[1]], GenerationSettings((3,), 4), generator=torch.Generator())
+        absent.generate([[1]], GenerationSettings((3,), 4), seeds=[0])
     assert "vllm serve" in e.value.fix
 
 

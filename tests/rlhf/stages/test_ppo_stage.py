@@ -538,7 +538,7 @@ def test_kl_in_the_loss_runs_and_pulls_to_the_reference(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"entropy_coef": 0.1}, {"dual_clip": 3.0}, {"score_clip": 0.1}, {"whiten_advantages": False}]
+    "changes", [{"entropy_coef": 0.1}, {"dual_clip": 1.5}, {"score_clip": 0.1}, {"whiten_advantages": False}]
 )
 def test_options_run_and_change_the_result(run: Any, changes: dict[str, Any]) -> None:
     settings = {"steps": 1, "epochs": 3, "optim": {"lr": 3e-2}, "missing_eos": {"kind": "none"}}
