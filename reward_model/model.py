@@ -57,6 +57,7 @@ class RewardModel:
         scalar = load_scalar_model(name, dtype=runtime.dtype, keep_adapter=True)
         scalar.requires_grad_(False).to(runtime.device)
         share(scalar)
+        runtime.shard(scalar.eval())
         return cls(scalar, runtime, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens)
 
     @property
@@ -75,13 +76,13 @@ class RewardModel:
         """Normalised scores of prompt + response token rows; neighbours in length are read together."""
         lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.long)
         scores = [0.0] * len(rows)
-        for part_B in micro_batch_rows(torch.arange(len(rows)), lengths_B, *self._limits):
-            part = part_B.tolist()
-            tokens_BT, mask_BT = pad_tokens([rows[i] for i in part])
+        parts = [part_B.tolist() for part_B in micro_batch_rows(torch.arange(len(rows)), lengths_B, *self._limits)]
+        for part in self._runtime.in_step(parts, filler=[]):
+            tokens_BT, mask_BT = pad_tokens([rows[i] for i in part] or [[0]])
             device = self._runtime.device
             with self._runtime.autocast():
                 scores_B = self._scalar.score_last(tokens_BT.to(device), mask_BT.to(device))
-            for i, score in zip(part, scores_B.tolist(), strict=True):
+            for i, score in zip(part, scores_B.tolist(), strict=False):
                 scores[i] = score
             on_rows(len(part))
         return scores

@@ -30,6 +30,7 @@ from rlhf.models.load import load_tokenizer
 from rlhf.models.tuning import apply_tuning, build_optimizer, merge_tuning, parameter_groups, set_lr, storage_dtype
 from rlhf.models.value import NORMALISATION_FILE, ScalarModel, load_scalar_model
 from rlhf.progress import Progress
+from rlhf.resume import Resume
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
 from rlhf.tracking import Tracker
@@ -46,6 +47,7 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
     """Leaves `final/` (AutoModelForSequenceClassification with its normalisation), with LoRA also `adapter/`, and
     metrics.jsonl."""
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
+    resume = Resume.open(cfg, options, runtime, say=print)
     tokenizer = load_tokenizer(cfg.model)
     with (
         Progress(stage="reward", enabled=runtime.is_main) as progress,
@@ -55,7 +57,7 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
             stage="reward",
             config=cfg.model_dump(mode="json"),
             enabled=runtime.is_main,
-            resume_step=None,
+            resume_step=resume.first_step or None,
             say=progress.say,
         ) as tracker,
     ):
@@ -63,7 +65,8 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
         scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype), new_head=True)
         scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
         handle = apply_tuning(scalar.classifier, cfg.tuning, runtime.dtype, head=scalar.classifier.score)
-        fit(scalar, train, cfg, runtime, progress, tracker)
+        with runtime.minding_sigterm():
+            fit(scalar, train, cfg, runtime, resume, progress, tracker)
         keep_adapter(handle, scalar, train, cfg, runtime, tokenizer, progress)
         # What is measured from here on is what `final/` holds: adapters folded in, in the run's precision.
         scalar.classifier = merge_tuning(handle).to(runtime.dtype)
@@ -122,28 +125,37 @@ def fit(
     train: Sequence[RankedTokens],
     cfg: RewardStage,
     runtime: Runtime,
+    resume: Resume,
     progress: Progress,
     tracker: Tracker,
 ) -> None:
-    """`epochs` passes over the rankings, in an order that depends on (seed, step) alone."""
+    """`epochs` passes over the rankings, in an order that depends on (seed, step) alone; ends training."""
     groups = parameter_groups(scalar, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
     scalar.to(runtime.device).eval()  # eval: dropout off, for training too (its scores must not depend on chance)
+    resume.load_weights(scalar)
     module, optimizer = runtime.prepare(
-        scalar, build_optimizer(groups, cfg.optim), micro_batch_size=cfg.micro_batch_size
+        scalar,
+        build_optimizer(groups, cfg.optim),
+        micro_batch_size=cfg.micro_batch_size,
+        max_grad_norm=cfg.optim.max_grad_norm,
     )
+    resume.attach(scalar, optimizer)
+    resume.begin()
     size = min(cfg.batch_size, max(1, len(train) // runtime.world_size))
     total = max(1, math.ceil(cfg.epochs * len(train) / (size * runtime.world_size)))
     longest = max((item for item in train if is_packable(item)), key=packed_length, default=None)
     share_prompts = cfg.share_prompts and longest is not None and obeys_masks(module, longest, runtime)
     if cfg.share_prompts and not share_prompts and longest is not None:
         progress.say("this model does not score several responses in one row: each prompt is read once per response")
-    progress.phase("train", total=total, unit="steps")
-    for step in range(total):
+    progress.phase("train", total=total, unit="steps", done=resume.first_step)
+    for step in range(resume.first_step, total):
         rows = rows_for_step(step, size, len(train), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size)
         lr = set_lr(optimizer, cfg.optim, step, total)
         metrics = train_step(module, optimizer, [train[i] for i in rows], cfg, runtime, share_prompts=share_prompts)
         tracker.log(step + 1, {**metrics, "lr": lr})
         progress.advance(1, loss=metrics["loss/train"], accuracy=metrics["train/accuracy"])
+        resume.save_if_due(step, total, dict)
+    runtime.make_whole(scalar, everywhere=True)
 
 
 def train_step(

@@ -7,8 +7,8 @@ its name by one rename; a process killed at any point leaves the older ones unto
 only after the size and SHA-256 of every file agree with the manifest: a flipped bit loads silently from every
 tensor format. safetensors and JSON only; nothing here can execute what it reads.
 
-One writer for now. With several ranks: `write_tensors` per rank into the shared staging folder, a barrier,
-`_commit` on rank 0, a barrier; the other ranks open `Checkpoints(..., writer=False)`.
+With several ranks each writes and hashes files of its own in one shared staging folder; when all have said that they
+are done, rank 0 writes the manifest and renames. What one of them cannot do, all of them report.
 """
 
 from __future__ import annotations
@@ -17,22 +17,19 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf.errors import CheckpointError
 from rlhf.files import atomic_write, fsync_path
+from rlhf.tensor_files import TensorFiles, write_tensors
 
 FORMAT = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
@@ -48,48 +45,18 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file. Tensors may share storage, be strided, or live on any device.
-
-    The same tensor under two names (tied embeddings) is stored once and named in the file's metadata.
-    """
-    kept: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first_of: dict[tuple[Any, ...], str] = {}
-    storages: set[tuple[str, int]] = set()
-    for name, given in tensors.items():
-        tensor = given.detach()
-        storage = (str(tensor.device), tensor.untyped_storage().data_ptr())
-        view = (*storage, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
-        if tensor.numel() and view in first_of:
-            aliases[name] = first_of[view]
-            continue
-        first_of[view] = name
-        # Overlapping views are refused by safetensors; a copy is the only faithful way to hold them.
-        kept[name] = tensor.contiguous() if storage not in storages else tensor.clone().contiguous()
-        storages.add(storage)
-    save_file(kept, str(path), metadata={"aliases": json.dumps(aliases)} if aliases else None)
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """What `write_tensors` wrote, on the CPU, bit for bit; two names of one tensor share it again."""
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-    return tensors | {name: tensors[first] for name, first in aliases.items()}
-
-
-def write_manifest(folder: str | Path, head: Json) -> None:
+def write_manifest(folder: str | Path, head: Json, known: Mapping[str, Json] | None = None) -> None:
     """Hash every file below `folder` and bring all of it to the disk, the manifest last.
 
     Args:
         folder: holds the finished files.
         head: further entries of the manifest, e.g. `step` and `meta`.
+        known: file -> what `_describe` gave for it on the rank that wrote it.
     """
     folder, files = Path(folder), {}
     for path in _files_below(folder):
-        fsync_path(path)
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        name = path.relative_to(folder).as_posix()
+        files[name] = (known or {}).get(name) or _describe(path)
     for inner in sorted({path.parent for path in _files_below(folder)} - {folder}, reverse=True):
         fsync_path(inner)
     # Through JSON once, so that the hash is of what a reader gets (text keys, lists for tuples).
@@ -97,8 +64,17 @@ def write_manifest(folder: str | Path, head: Json) -> None:
     atomic_write(folder / MANIFEST, _manifest_text(body))
 
 
-def verify_folder(path: str | Path) -> Json:
+def _describe(path: Path) -> Json:
+    """Bring a file to the disk; its size and SHA-256."""
+    fsync_path(path)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def verify_folder(path: str | Path, *, rank: int = 0, world_size: int = 1) -> Json:
     """The manifest of a folder whose every file has the size and SHA-256 that it states.
+
+    Args:
+        rank: of `world_size` that share the work: this one reads every `world_size`-th file.
 
     Raises:
         CheckpointError: naming the file that is missing, cut short or altered.
@@ -120,7 +96,7 @@ def verify_folder(path: str | Path) -> Json:
     if manifest["format"] != FORMAT:
         newer = "use the version of this program that wrote it"
         raise CheckpointError(f"{folder} has format {manifest['format']}, not {FORMAT}", fix=newer)
-    for name, expected in files.items():
+    for name, expected in list(files.items())[rank::world_size]:
         if problem := _file_problem(folder / name, expected):
             raise CheckpointError(f"{folder / name} {problem}", fix=fix)
     return manifest
@@ -163,25 +139,68 @@ class Checkpoint:
     state: Json
     meta: Json
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under `name`, on the CPU.
+    def tensors(self, name: str) -> TensorFiles:
+        """The tensors saved under `name`, by all ranks that there were.
 
         Raises:
             CheckpointError: this checkpoint has no such file.
         """
-        file = self.path / f"{name}.safetensors"
-        if not file.is_file():
-            known = ", ".join(sorted(path.stem for path in self.path.glob("*.safetensors")))
+        files = {path: re.sub(r"-\d+-of-\d+$", "", path.stem) for path in sorted(self.path.glob("*.safetensors"))}
+        mine = [path for path, group in files.items() if group == name]
+        if not mine:
+            known = ", ".join(sorted(set(files.values())))
             fix = "resume with the configuration that wrote it"
             raise CheckpointError(f"{self.path} has no tensors {name!r}; it has {known or 'none'}", fix=fix)
-        return read_tensors(file)
+        return TensorFiles(mine)
+
+
+def open_checkpoint(path: str | Path, *, ranks: Ranks | None = None) -> Checkpoint:
+    """One checkpoint, verified; with several ranks they share the reading, and agree.
+
+    Raises:
+        CheckpointError: on every rank; a file is missing, cut short or altered, or it is no checkpoint.
+    """
+    folder, ranks = Path(path), ranks or Alone()
+    manifest, problem = {}, ""
+    try:
+        manifest = verify_folder(folder, rank=ranks.rank, world_size=ranks.world_size)
+        if not isinstance(manifest.get("step"), int) or STATE not in manifest["files"]:
+            problem = f"{folder} is no checkpoint"
+    except CheckpointError as error:
+        problem = error.message
+    problems = [text for text in ranks.gather_objects([problem]) if text]
+    if problems:
+        raise CheckpointError(problems[0], fix="give another checkpoint, or restore this one from a copy")
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(folder, manifest["step"], state, manifest["meta"])
+
+
+class Ranks(Protocol):
+    """The processes that save together, as one of them sees it (`rlhf.runtime.Runtime` is one)."""
+
+    rank: int
+    world_size: int
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """The ranks' lists joined, in rank order, on every rank."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank, world_size = 0, 1
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """The list itself."""
+        return values
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. With several ranks, all of them call `save` and `latest` at the same time.
 
     Args:
-        run_dir: the run directory; checkpoints live in its folder `checkpoints`.
+        run_dir: the run directory, the same for all ranks; checkpoints live in its folder `checkpoints`.
         keep: how many newest ones stay, at least 2: one may turn out to be damaged.
         say: shows one line of text.
         writer: False for a reader, which changes nothing on the disk.
@@ -193,6 +212,7 @@ class Checkpoints:
         keep: int = 2,
         *,
         say: Callable[[str], None] = print,
+        ranks: Ranks | None = None,
         writer: bool = True,
     ) -> None:
         if keep < 2:
@@ -200,8 +220,9 @@ class Checkpoints:
         self.folder = Path(run_dir) / "checkpoints"
         self.keep = keep
         self._say = say
+        self._ranks = ranks or Alone()
         self._writer = writer
-        if writer and self.folder.is_dir():
+        if writer and self._is_main and self.folder.is_dir():
             for replaced in self.folder.glob(".replaced-*"):  # a crash between the two renames of `_commit`
                 _put_back(replaced, self.folder / replaced.name.removeprefix(".replaced-"))
             for leftover in self.folder.glob(".staging-*"):
@@ -214,37 +235,78 @@ class Checkpoints:
         matches = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.iterdir() if path.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
+    @property
+    def _is_main(self) -> bool:
+        return self._ranks.rank == 0
+
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Json, meta: Json) -> Path:
         """Write the checkpoint of `step`, then prune older ones.
 
         Args:
             step: the last step that is contained; a checkpoint of the same step is replaced.
-            tensors: file name (without suffix) -> name -> tensor.
-            state: counters, KL coefficient, data cursor, random states ..; JSON types with text keys only.
-            meta: configuration fingerprint and versions, for the manifest.
+            tensors: file name (without suffix) -> name -> tensor, of this rank: whole, or pieces (`piece_name`).
+            state: counters, KL coefficient, data cursor ..; JSON types with text keys only. Rank 0's is written.
+            meta: configuration fingerprint and versions, for the manifest. Rank 0's is written.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: the disk has not enough space; older checkpoints are intact.
+            CheckpointError: on every rank, when one of them cannot write; older checkpoints are intact.
         """
         if not self._writer:
-            raise RuntimeError("save was called on a reader; only rank 0 writes checkpoints")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_space(step, tensors)
+            raise RuntimeError("save was called on a reader")
         staging = self.folder / f".staging-step_{step}"
+        sizes = self._ranks.gather_objects(
+            [sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())]
+        )
+        try:
+            self._together(step, lambda: self._begin(step, staging, sum(sizes)) if self._is_main else None)
+            written = self._together(step, lambda: self._write(staging, tensors, state))
+            known = {name: entry for files in written for name, entry in files.items()}
+            self._together(step, lambda: self._commit(staging, step, meta, known) if self._is_main else None)
+        finally:
+            if self._is_main:
+                shutil.rmtree(staging, ignore_errors=True)  # gone already, unless the save failed
+        return self._path(step)
+
+    def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
+        """Run `action` on every rank; what each returned. If one of them failed, every rank raises.
+
+        Raises:
+            CheckpointError: with what every failed rank says.
+        """
+        problem, value = "", None
+        try:
+            value = action()
+        except CheckpointError as error:
+            problem = error.message
+        except (OSError, SafetensorError) as error:
+            problem = f"cannot write {self._path(step)}: {error}"
+        outcomes = self._ranks.gather_objects([(problem, value)])
+        problems = list(dict.fromkeys(problem for problem, _ in outcomes if problem))
+        if problems:
+            raise CheckpointError("\n".join(problems), fix=_DISK_FIX)
+        return [value for _, value in outcomes]
+
+    def _begin(self, step: int, staging: Path, bytes_: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_space(step, bytes_)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        try:
-            for name, group in tensors.items():
-                write_tensors(staging / f"{name}.safetensors", group)
-            (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            return self._commit(staging, step, meta)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot write {self._path(step)}: {error}", fix=_DISK_FIX) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)  # gone already, unless the save failed
+
+    def _write(self, staging: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Json) -> dict[str, Json]:
+        """This rank's files, on the disk; with size and hash."""
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        suffix = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
+        paths = []
+        for name, group in tensors.items():
+            paths.append(staging / f"{name}{suffix}.safetensors")
+            write_tensors(paths[-1], group)
+        if self._is_main:
+            paths.append(staging / STATE)
+            paths[-1].write_text(json.dumps(state, indent=1), encoding="utf-8")
+        return {path.name: _describe(path) for path in paths}
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, older ones being tried aloud; None when there are none.
@@ -253,41 +315,49 @@ class Checkpoints:
             CheckpointError: there are checkpoints, and all of them are damaged.
         """
         damaged = []
-        for step in reversed(self.steps()):
-            path = self._path(step)
+        for step in reversed(self._ranks.gather_objects([self.steps()])[0]):
             try:
-                manifest = verify_folder(path)
-                if manifest.get("step") != step:
-                    raise CheckpointError(f"{path} holds step {manifest.get('step')}")
+                found = open_checkpoint(self._path(step), ranks=self._ranks)
+                if found.step != step:
+                    raise CheckpointError(f"{self._path(step)} holds step {found.step}")
             except CheckpointError as error:
                 damaged.append(error.message)
                 self._say(f"checkpoint step_{step} is damaged and not used: {error.message}")
                 continue
             if damaged:
                 self._say(f"falling back to checkpoint step_{step}")
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            return Checkpoint(path, step, state, manifest["meta"])
+            return found
         if damaged:
             fix = f"restore one from a copy, or remove {self.folder} to start from the beginning"
             raise CheckpointError("no checkpoint verifies:\n  " + "\n  ".join(damaged), fix=fix)
         return None
 
+    def set_aside_after(self, step: int) -> None:
+        """Move checkpoints after `step` to `checkpoints.old-N`: never resumed by mistake, never lost."""
+        later = [s for s in self.steps() if s > step]
+        if not later:
+            return
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.old-{number}")).exists():
+            number += 1
+        aside.mkdir()
+        for s in later:
+            os.rename(self._path(s), aside / self._path(s).name)
+
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}"
 
-    def _commit(self, staging: Path, step: int, meta: Json) -> Path:
+    def _commit(self, staging: Path, step: int, meta: Json, known: Mapping[str, Json]) -> None:
         """Make the staging folder the checkpoint of `step`; from here on older ones may go."""
-        write_manifest(staging, {"step": step, "meta": meta})
+        write_manifest(staging, {"step": step, "meta": meta}, known)
         final = self._path(step)
         _swap_in(staging, final, aside=self.folder / f".replaced-step_{step}")
         # Only those up to this step are counted: later ones belong to a time line that was found damaged.
         for old in [s for s in self.steps() if s <= step][: -self.keep]:
             shutil.rmtree(self._path(old), ignore_errors=True)
-        return final
 
-    def _check_space(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        sizes = (t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-        needed, free = int(sum(sizes) * SPACE_FACTOR), shutil.disk_usage(self.folder).free
+    def _check_space(self, step: int, bytes_: int) -> None:
+        needed, free = int(bytes_ * SPACE_FACTOR), shutil.disk_usage(self.folder).free
         if free < needed:
             wanted = f"it needs {needed:,} bytes, the disk has {free:,} free"
             raise CheckpointError(f"no space for {self._path(step)}: {wanted}", fix=_DISK_FIX)
@@ -341,79 +411,3 @@ def export_folder(path: str | Path, meta: Json | None = None) -> Iterator[Path]:
         _swap_in(staging, path, aside=old)
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already, unless something failed
-
-
-def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], Json]:
-    """Split an optimizer's `state_dict()` into named tensors and JSON.
-
-    Tensors are named `state.<parameter index>.<key>` and `group.<index>.<key>` (a learning rate may be one).
-    """
-    tensors: dict[str, Tensor] = {}
-    state: Json = {}
-    for index, entries in state_dict["state"].items():
-        state[str(index)] = _split(entries, f"state.{index}", tensors)
-    groups = [_split(group, f"group.{i}", tensors) for i, group in enumerate(state_dict["param_groups"])]
-    return tensors, {"state": state, "param_groups": groups}
-
-
-def unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Json) -> dict[str, Any]:
-    """What `flatten_optimizer` split, bit for bit, for `optimizer.load_state_dict`.
-
-    Raises:
-        CheckpointError: a tensor is missing.
-    """
-    state = {int(i): _join(entries, f"state.{i}", tensors) for i, entries in plain["state"].items()}
-    groups = [_join(group, f"group.{i}", tensors) for i, group in enumerate(plain["param_groups"])]
-    return {"state": state, "param_groups": groups}
-
-
-def _split(entries: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]) -> Json:
-    """The JSON of `entries`; their tensors go into `tensors`. Tuples (betas) are marked to come back."""
-    plain: Json = {}
-    for key, value in entries.items():
-        if isinstance(value, Tensor):
-            tensors[f"{prefix}.{key}"] = value
-            plain[key] = {"tensor": True}
-        else:
-            plain[key] = {"tuple": list(value)} if isinstance(value, tuple) else {"value": value}
-    return plain
-
-
-def _join(plain: Json, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for key, marked in plain.items():
-        if "tensor" in marked and f"{prefix}.{key}" not in tensors:
-            fix = "resume from another checkpoint"
-            raise CheckpointError(f"the optimizer state has no tensor {prefix}.{key}", fix=fix)
-        if "tensor" in marked:
-            entries[key] = tensors[f"{prefix}.{key}"]
-        else:
-            entries[key] = tuple(marked["tuple"]) if "tuple" in marked else marked["value"]
-    return entries
-
-
-def rng_state() -> tuple[dict[str, Tensor], Json]:
-    """The random states of this process: torch on the CPU and its own GPU, Python, numpy when imported."""
-    tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    version, words, gauss = random.getstate()
-    plain: Json = {"python": [version, list(words), gauss]}
-    if numpy := sys.modules.get("numpy"):
-        kind, keys, *rest = numpy.random.get_state()
-        plain["numpy"] = [kind, keys.tolist(), *rest]
-    return tensors, plain
-
-
-def restore_rng(tensors: Mapping[str, Tensor], plain: Json) -> None:
-    """Continue the streams that `rng_state` saved; a GPU's state is passed over where there is no GPU."""
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    version, words, gauss = plain["python"]
-    random.setstate((version, tuple(words), gauss))
-    if "numpy" in plain:
-        import numpy
-
-        kind, keys, *rest = plain["numpy"]
-        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))

@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -35,6 +36,8 @@ MODULES = {
     "pipeline": "rlhf.stages.pipeline",
 }
 
+RESUMABLE = ("sft", "reward", "ppo")
+
 HELP = {
     "sft": "Supervised fine-tuning on demonstrations.",
     "sample": "Sample K completions per prompt into the rollout buffer.",
@@ -49,7 +52,13 @@ HELP = {
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped one")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="override single keys")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check what is on this disk, print what would run, and end")]
-Resume = Annotated[str, typer.Option(help="ppo, pipeline: auto goes on from the newest checkpoint, never starts anew")]
+Resume = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|never|PATH",
+        help="auto goes on from the newest checkpoint, never starts anew; PATH: the folder of a checkpoint",
+    ),
+]
 Profile = Annotated[
     bool, typer.Option("--profile", help="ppo: a trace of the second step, and what each phase reached")
 ]
@@ -97,7 +106,11 @@ def run_stage(stage: str, config_name: str, overrides: list[str], options: runs.
     from rlhf.errors import ConfigError
 
     if options.resume not in ("auto", "never"):
-        raise ConfigError(f"--resume {options.resume!r} is not known", fix="use auto or never")
+        if stage not in RESUMABLE:
+            raise ConfigError(f"--resume {options.resume!r}: {stage} has no checkpoints", fix="use auto or never")
+        if not (Path(options.resume).expanduser() / "MANIFEST.json").is_file():
+            fix = "use auto or never, or name a folder such as runs/NAME/checkpoints/step_10"
+            raise ConfigError(f"--resume {options.resume!r} is no checkpoint", fix=fix)
     if options.profile and stage != "ppo":
         raise ConfigError(f"--profile is not known to {stage}", fix="profile the stage ppo: rlhf ppo CONFIG --profile")
     cfg = config.load(config_name, stage, overrides)

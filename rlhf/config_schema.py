@@ -217,6 +217,9 @@ class RewardStage(StageConfig):
     max_length: Positive = 1024
     truncation: Literal["keep_end", "error"] = Field(default="keep_end", description="drop the oldest tokens")
 
+    save_every: Annotated[int, Field(ge=0)] = Field(default=100, description="in steps; 0: only the end")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
     @model_validator(mode="after")
     def _no_dropout(self) -> RewardStage:
         if self.tuning.dropout:

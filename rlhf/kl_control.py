@@ -5,9 +5,13 @@ it belongs into the checkpoint: `state_dict` holds it; target and horizon are co
 stored.
 """
 
+from __future__ import annotations
+
 import math
 
-from rlhf.errors import InvariantError
+from rlhf.config_schema import KLConfig
+from rlhf.errors import ConfigError, InvariantError
+from rlhf.types import KLController
 
 MAX_ERROR = 0.2  # clip of the proportional error: one batch with an extreme KL must not jerk the coefficient
 
@@ -76,6 +80,28 @@ class AdaptiveKL:
         """Continue with the saved coefficient. Raises ValueError if it is not positive and finite."""
         _check_positive("coef", state["coef"])
         self.coef = state["coef"]
+
+
+def kl_control_for(cfg: KLConfig, rollouts: int, state: dict[str, float] | None = None) -> KLController:
+    """Fixed or adaptive, by the configuration.
+
+    Args:
+        rollouts: per step, of all processes.
+        state: of the checkpoint from which the run goes on.
+
+    Raises:
+        ConfigError: with so many rollouts one step could turn the coefficient negative.
+    """
+    if cfg.kind == "fixed":
+        return FixedKL(cfg.coef)
+    if cfg.horizon <= MAX_ERROR * rollouts:
+        raise ConfigError(
+            f"kl.horizon {cfg.horizon} is too short for {rollouts} rollouts per step",
+            fix=f"set it above {MAX_ERROR * rollouts:g}, better to many steps' worth of episodes",
+        )
+    adaptive = AdaptiveKL(cfg.coef, cfg.target, cfg.horizon)
+    adaptive.load_state_dict(state or adaptive.state_dict())
+    return adaptive
 
 
 def _check_positive(name: str, value: float) -> None:

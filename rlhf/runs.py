@@ -26,9 +26,13 @@ if TYPE_CHECKING:  # rlhf.types imports torch, which the command line does witho
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
 
 FREE_TO_CHANGE = frozenset(
-    {"run_dir", "tracking", "save_every", "keep_checkpoints", "samples_per_step", "archive_rollouts"}
+    {
+        *("run_dir", "tracking", "save_every", "keep_checkpoints", "samples_per_step", "archive_rollouts"),
+        *("micro_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
+    }
 )
-"""Keys that change nothing that is learned: they may differ on a resume, and make no finished stage run again."""
+"""Keys that change nothing that is learned but rounding: they may differ on a resume, and make no finished stage run
+again."""
 
 _ROLLOUT_KEYS = ("rollouts", "heldout_rollouts")
 MODEL_KEYS = ("model", "reference", "base", "reward_model")
@@ -39,7 +43,8 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "
 class RunOptions:
     """How a stage is run, as opposed to what it does.
 
-    `resume`: "auto" goes on from the newest verified checkpoint of this run folder, "never" starts anew.
+    `resume`: "auto" goes on from the newest verified checkpoint of this run folder, "never" starts anew; else the
+    folder of a checkpoint.
     `profile` (PPO): a trace of one step, and the share of the machine that each phase reached.
     """
 
@@ -166,9 +171,10 @@ def peak_rss_gb() -> float:
 # --- what a run reads and learns from -------------------------------------------------------------------------
 
 
-def learned_fingerprint(cfg: StageConfig) -> str:
-    """Fingerprint of every key that changes what is learned."""
-    return fingerprint({k: v for k, v in cfg.model_dump(mode="json").items() if k not in FREE_TO_CHANGE})
+def learned_fingerprint(cfg: StageConfig, *, processes: int = 1) -> str:
+    """Fingerprint of every key that changes what is learned; of `batch_size`, which counts per process, the whole."""
+    keys = {k: v for k, v in cfg.model_dump(mode="json").items() if k not in FREE_TO_CHANGE}
+    return fingerprint(keys | ({"batch_size": keys["batch_size"] * processes} if "batch_size" in keys else {}))
 
 
 def named_data(cfg: StageConfig) -> set[str]:

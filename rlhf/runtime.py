@@ -1,6 +1,7 @@
 """The only door to accelerate and DeepSpeed: processes, devices, gradients, global sums.
 
-Everything that differs between one CPU, one GPU and many nodes is in this file and in `launch/*.yaml`.
+Everything that differs between one CPU, one GPU and many nodes is in this file, in `sharding.py` and in
+`launch/*.yaml`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ import contextlib
 import math
 import os
 import random
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import InvariantError
+from rlhf.errors import ConfigError, InvariantError
+from rlhf.sharding import TrainState, gathered, make_whole
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -32,12 +37,17 @@ class Runtime:
         self.world_size: int = accelerator.num_processes
         self.is_main: bool = accelerator.is_main_process
         self.skipped_in_a_row = 0
+        self.has_sigterm = False
+        self._engines: dict[Any, Any] = {}  # module -> DeepSpeed's engine around it
 
     @classmethod
     def start(cls, *, seed: int, precision: str) -> Runtime:
         """Join the process group and seed every generator (rank r gets seed + r).
 
+        Ranks that wait for another longer than `RLHF_TIMEOUT_S` seconds (1800) give up, and the launcher ends the job.
+
         Raises:
+            ConfigError: `RLHF_TIMEOUT_S` is no number.
             InvariantError: the launcher started more processes than accelerate sees; each would train alone.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -48,10 +58,10 @@ class Runtime:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         # accelerate with DeepSpeed on CPU believes that every rank is alone unless the backend is named.
         name_backend = launched > 1 and not torch.cuda.is_available()
-        handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if name_backend else []
+        group = InitProcessGroupKwargs(backend="gloo" if name_backend else None, timeout=_timeout())
         # accelerate's launcher does not hand `use_cpu` on: unasked, every rank would train alone.
         on_cpu = name_backend and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
-        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers)
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group] if launched > 1 else [])
         alone = accelerator.num_processes != launched or (launched > 1 and accelerator.distributed_type.value == "NO")
         if alone:
             raise InvariantError(
@@ -61,6 +71,11 @@ class Runtime:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         runtime = cls(accelerator, precision)
+        if runtime.zero_stage == 3:
+            # transformers would shard models while it loads them, before roles are made of them.
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
         random.seed(seed + runtime.rank)
         torch.manual_seed(seed + runtime.rank)
         return runtime
@@ -71,16 +86,59 @@ class Runtime:
         """Matrix products in bf16 when asked for; weights, norms and losses keep their own precision."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def prepare(self, module: nn.Module, optimizer: Any, *, micro_batch_size: int) -> tuple[Any, Any]:
+    def prepare(
+        self, module: nn.Module, optimizer: Any, *, micro_batch_size: int, max_grad_norm: float
+    ) -> tuple[Any, Any]:
         """Wrap a trained module and its optimizer for this kind of run."""
-        plugin = getattr(self._accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None:
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch_size
-        return self._accelerator.prepare(module, optimizer)
+        if self.uses_deepspeed:
+            config = self._plugin.deepspeed_config
+            config |= {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_clipping": max_grad_norm}
+            # DeepSpeed turns an autocast around its forward off on GPUs; within, it is left alone.
+            module.forward = self.autocast()(module.forward)
+        wrapped, optimizer = self._accelerator.prepare(module, optimizer)
+        self._engines |= {module: wrapped} if self.uses_deepspeed else {}
+        return wrapped, optimizer
 
     def freeze(self, module: Any) -> Any:
         """A module for inference only: on the device, no gradients, dropout off."""
         return module.to(self.device).requires_grad_(False).eval()
+
+    def shard(self, module: Any) -> Any:
+        """A frozen module of which, under ZeRO-3, each rank keeps a part; its forwards then need all ranks.
+
+        Returns:
+            The module itself, which fetches weights when its submodules are called.
+        """
+        if self.zero_stage != 3:
+            return module
+        import deepspeed
+
+        zero = self._plugin.deepspeed_config["zero_optimization"]
+        config = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
+        self._engines[module], *_ = deepspeed.initialize(model=module, config=config)
+        return module
+
+    def train_state(self, module: Any, optimizer: Any) -> TrainState:
+        """What changes while `module` (unwrapped) is trained, for checkpoints; `optimizer` as `prepare` gave it."""
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        zero = optimizer.optimizer if self.zero_stage else None
+        inner = zero.optimizer if zero is not None else getattr(optimizer, "optimizer", optimizer)
+        return TrainState(named, inner, zero, self.rank, self.world_size)
+
+    @contextlib.contextmanager
+    def gathered(self, parameters: Sequence[Any]) -> Iterator[None]:
+        """Weights whole on every rank, to be read, where ZeRO-3 shards them; all ranks enter together."""
+        with gathered(list(parameters)):
+            yield
+
+    def make_whole(self, module: Any, *, everywhere: bool = False) -> None:
+        """End training and, under ZeRO-3, sharding of a module: rank 0, or every rank, gets the weights on its CPU.
+
+        The other ranks are left with empty ones. All ranks call it.
+        """
+        if self.zero_stage == 3:
+            make_whole(module, keep=everywhere or self.is_main)
+            self._engines.pop(module).destroy()
 
     def unwrap(self, module: Any) -> Any:
         """The module that `prepare` was given."""
@@ -116,8 +174,7 @@ class Runtime:
     @property
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
-        plugin = getattr(self._accelerator.state, "deepspeed_plugin", None)
-        return plugin.zero_stage if plugin is not None else 0
+        return self._plugin.zero_stage if self.uses_deepspeed else 0
 
     @property
     def is_alone(self) -> bool:
@@ -127,7 +184,32 @@ class Runtime:
     @property
     def uses_deepspeed(self) -> bool:
         """Whether parameters or optimizer state may be sharded."""
-        return getattr(self._accelerator.state, "deepspeed_plugin", None) is not None
+        return self._plugin is not None
+
+    @property
+    def _plugin(self) -> Any:
+        return getattr(self._accelerator.state, "deepspeed_plugin", None)
+
+    # --- being asked to end ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def minding_sigterm(self) -> Iterator[None]:
+        """SIGTERM, what schedulers send before they take a machine away, only leaves a mark in here."""
+        if threading.current_thread() is not threading.main_thread():  # only there a handler can be set
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._mark)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _mark(self, number: int, frame: Any) -> None:
+        self.has_sigterm = True
+
+    def is_asked_to_end(self) -> bool:
+        """Whether any rank has got SIGTERM: the same answer on all of them."""
+        return self.max(float(self.has_sigterm)) > 0
 
     # --- the device ------------------------------------------------------------------------------------
 
@@ -141,6 +223,11 @@ class Runtime:
         if self.device.type != "cuda":
             return None
         return round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
+
+    def in_step(self, parts: Sequence[Any], *, filler: Any) -> list[Any]:
+        """`parts`, under ZeRO-3 with fillers behind them: ranks fetch weights together, in as many forwards."""
+        count = int(self.max(len(parts))) if self.zero_stage == 3 else len(parts)
+        return [*parts, *[filler] * (count - len(parts))]
 
     # --- talking to the other ranks -------------------------------------------------------------------
 
@@ -173,6 +260,13 @@ class Runtime:
         """
         total = self.sum(torch.tensor([float(action_tokens)], dtype=torch.float64))
         return max(1.0, float(total)) / self.world_size
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get("RLHF_TIMEOUT_S", "1800")
+    if not text.isdigit() or not int(text):
+        raise ConfigError(f"RLHF_TIMEOUT_S is {text!r}, not a number of seconds", fix="unset it, or set e.g. 1800")
+    return timedelta(seconds=int(text))
 
 
 def keep_freed_memory() -> None:

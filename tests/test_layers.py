@@ -24,8 +24,8 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 LAYERS = [
     "rlhf reward_model rlhf.errors rlhf.types rlhf.functional rlhf.functional.* reward_model.losses",
-    "rlhf.config rlhf.config_schema rlhf.files rlhf.runs rlhf.runtime rlhf.checkpoint rlhf.tracking "
-    "rlhf.kl_control rlhf.progress",
+    "rlhf.config rlhf.config_schema rlhf.files rlhf.runs rlhf.runtime rlhf.sharding "
+    "rlhf.checkpoint rlhf.tensor_files rlhf.resume rlhf.tracking rlhf.kl_control rlhf.progress",
     "rlhf.data rlhf.data.* rlhf.models rlhf.models.*",
     "rlhf.rollout rlhf.rollout.* rlhf.eval rlhf.eval.* "
     "reward_model.model reward_model.data reward_model.packing reward_model.labeling reward_model.labeling.*",
@@ -34,7 +34,7 @@ LAYERS = [
 ]
 OWNERS = {
     "accelerate": {"rlhf.runtime"},
-    "deepspeed": {"rlhf.runtime"},
+    "deepspeed": {"rlhf.runtime", "rlhf.sharding"},
     "wandb": {"rlhf.tracking"},
     "peft": {"rlhf.models.tuning", "rlhf.models.adapters"},
     "trl": {"rlhf.stages.sft"},

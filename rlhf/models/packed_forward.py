@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.functional.blocks import AttentionLayout, add_lora, attention, rms_norm, swiglu
 from rlhf.models.tuning import plain_adapter
+from rlhf.sharding import is_partitioned
 
 MAX_WIDTH = 512
 """Tokens of the longest row up to which attention with all scores in memory is the faster one."""
@@ -114,10 +115,13 @@ def _head_norm(norm: Any, x_NE: Tensor, head_dim: int) -> Tensor:
 
 
 def runs_packed(backbone: Any, width: int) -> bool:
-    """Whether `packed_hidden_states` is to be used: on a CPU, for rows of at most `MAX_WIDTH`, if the model agrees."""
+    """Whether `packed_hidden_states` is to be used: on a CPU, for rows of at most `MAX_WIDTH`, if the model agrees.
+
+    Not under ZeRO-3, which brings weights to the modules that are called: here some are read without a call.
+    """
     if not isinstance(getattr(backbone, "layers", None), nn.ModuleList) or width > MAX_WIDTH:
         return False
-    if backbone.device.type != "cpu":
+    if backbone.device.type != "cpu" or any(map(is_partitioned, backbone.parameters())):
         return False
     if backbone not in _checked:
         _checked[backbone] = _agrees(backbone)

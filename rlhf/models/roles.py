@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.checkpoint import export_folder
 from rlhf.config_schema import PPOStage
@@ -43,35 +43,65 @@ class Sampler:
 
     def __init__(self, lm: Any, runtime: Runtime, *, plain: Any = None) -> None:
         """`plain`: for a policy with adapters, its `shared_copy` from before they were put in."""
-        self._source = lm
+        self._source, self._runtime = lm, runtime
         self._adapted = adapted_layers(lm, plain) if plain is not None else []
-        self._is_cast = plain is None and runtime.dtype != torch.float32
+        # ZeRO-3 drops weights behind every module that it knows: it must not know the modules that decode.
+        self._is_copy = plain is None and (runtime.dtype != torch.float32 or runtime.zero_stage == 3)
         for layer, folded in self._adapted:
             folded.weight = nn.Parameter(layer.get_base_layer().weight.detach().clone())
         self._lm = lm
         if plain is not None:
             self._lm = runtime.freeze(plain)
-        elif self._is_cast:
+        elif self._is_copy:
             self._lm = runtime.freeze(cast_copy(lm, runtime.dtype))
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Any]:
-        """The language model with the policy's current weights, in evaluation mode."""
-        with torch.no_grad():
-            for layer, folded in self._adapted:
-                folded.weight.copy_(folded_weight(layer))
-            if self._is_cast:
-                for mine, theirs in zip(self._lm.parameters(), self._source.parameters(), strict=True):
-                    if mine is not theirs:
-                        mine.copy_(theirs)
-        checkpointed = [layer for layer in checkpointing_layers(self._lm) if layer.training]
-        for layer in checkpointed:  # recomputed layers keep no cache
-            layer.training = False
-        try:
-            yield self._lm
-        finally:
-            for layer in checkpointed:
-                layer.training = True
+        """The language model with the policy's current weights, in evaluation mode.
+
+        Under ZeRO-3 all ranks enter together; the weights are whole until they leave.
+        """
+        theirs = {id(parameter) for parameter in self._source.parameters()}
+        shared = [parameter for parameter in self._lm.parameters() if id(parameter) in theirs]
+        with self._runtime.gathered(shared if self._lm is not self._source else []):
+            self._refresh()
+            with _without_checkpointing(self._lm):
+                yield self._lm
+        if self._runtime.zero_stage == 3:
+            for parameter in self._lm.parameters():
+                if id(parameter) not in theirs:
+                    parameter.data = parameter.data.new_empty(0)
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        for layer, folded in self._adapted:
+            with self._runtime.gathered(layer.parameters()):
+                folded.weight.data = folded_weight(layer).to(folded.weight.dtype)
+        if self._is_copy:
+            for mine, source in zip(self._lm.parameters(), self._source.parameters(), strict=True):
+                if mine is not source:
+                    with self._runtime.gathered([source]):
+                        _put(mine, source)
+
+
+def _put(mine: Tensor, source: Tensor) -> None:
+    if mine.numel():
+        mine.copy_(source)
+    else:  # given up after the last rollout
+        mine.data = source.detach().to(mine.dtype, copy=True)
+
+
+@contextlib.contextmanager
+def _without_checkpointing(lm: Any) -> Iterator[None]:
+    """Recomputed layers keep no cache."""
+    checkpointed = [layer for layer in checkpointing_layers(lm) if layer.training]
+    for layer in checkpointed:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in checkpointed:
+            layer.training = True
 
 
 def cast_copy(lm: Any, dtype: torch.dtype) -> Any:
@@ -152,18 +182,21 @@ def build_roles(cfg: PPOStage, runtime: Runtime) -> Roles:
     """Load policy, critic and reference; nothing is trained or wrapped yet.
 
     Raises:
-        ConfigError: the launch file asks for ZeRO-3.
+        ConfigError: ZeRO-3 for roles that share weights.
         ModelError: a model cannot be found, or does not fit its role.
     """
-    if runtime.zero_stage == 3:
-        raise ConfigError("PPO does not run under ZeRO-3 yet", fix="use launch/zero2.yaml, and LoRA for larger models")
+    if runtime.zero_stage == 3 and cfg.sharing != "separate":
+        raise ConfigError(
+            f"sharing: {cfg.sharing} keeps common weights whole on every process, ZeRO-3 cuts them up",
+            fix="set sharing: separate (tuning.kind: lora may stay), or use launch/zero2.yaml",
+        )
     lm = load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
     with_lora = cfg.tuning.kind == "lora"
     plain, untrained = (shared_copy(lm), shared_copy(lm)) if with_lora else (None, None)
     policy_handle = apply_tuning(lm, cfg.tuning, runtime.dtype)
     trunk = _trunk(cfg, lm)
     policy = Policy(lm, trunk.branch(lm) if trunk is not None else None)
-    reference = runtime.freeze(_reference(cfg, lm, untrained, trunk, runtime))
+    reference = runtime.shard(runtime.freeze(_reference(cfg, lm, untrained, trunk, runtime)))
     share = sharing_of(cfg.sharing, lm, trunk)
     scalar = _critic_scalar(cfg, runtime.dtype)
     tuning = cfg.tuning.model_copy(update={"layers": cfg.critic_layers or cfg.tuning.layers})

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf.checkpoint import Checkpoints, flatten_optimizer, unflatten_optimizer
 from rlhf.config_schema import PPOStage
-from rlhf.errors import CheckpointError
+from rlhf.errors import InvariantError
 from rlhf.functional.kl import k1, sequence_kl
 from rlhf.models.roles import Roles
-from rlhf.models.tuning import load_trainable, trainable_tensors
 from rlhf.progress import Progress
+from rlhf.resume import Resume
 from rlhf.rollout.buffer import RolloutBuffer
 from rlhf.rollout.profile import StepProfile, StepRecord, table
 from rlhf.rollout.work import StepWork, row_lengths
-from rlhf.runs import RunOptions, digests, learned_fingerprint, named_data, named_models
+from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
 from rlhf.tracking import Tracker
 from rlhf.types import KLController, Rollout, RolloutBatch, RunResult
+
+
+class SamplingEnded(Exception):
+    """This rank was asked to end while it sampled."""
 
 
 class PPORun:
@@ -35,17 +38,19 @@ class PPORun:
         runtime: Runtime,
         progress: Progress,
         tracker: Tracker,
-        saver: Saver,
+        resume: Resume,
+        kl_control: KLController,
         work: StepWork | None,
         *,
         profiled: bool = False,
     ) -> None:
         self.cfg = cfg
         self.progress = progress
-        self.first_step = saver.first_step
+        self.first_step = resume.first_step
         self._runtime = runtime
         self._tracker = tracker
-        self._saver = saver
+        self._resume = resume
+        self._kl_control = kl_control
         self._seconds: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._work = work
@@ -64,37 +69,28 @@ class PPORun:
         options: RunOptions,
         runtime: Runtime,
         *,
-        module: Any,
-        optimizer: Any,
+        resume: Resume,
         kl_control: KLController,
         work: StepWork | None,
     ) -> Iterator[PPORun]:
-        """Resume from the newest verified checkpoint when asked to, and open progress and tracking.
+        """Open progress and tracking; from here on a SIGTERM ends the run with a checkpoint.
 
         Args:
-            module: the unwrapped actor-critic whose trained parameters are saved.
+            resume: with the trained module attached.
             work: what a step computes, where that can be counted.
-
-        Raises:
-            CheckpointError: the checkpoint belongs to another configuration or to other inputs.
         """
-        with Progress(stage="ppo", enabled=runtime.is_main) as progress:
-            if options.resume == "never" and runtime.is_main:
-                set_aside(Path(cfg.run_dir) / "checkpoints")
-            runtime.barrier()
-            saver = Saver(cfg, runtime, module, optimizer, kl_control, say=progress.say)
-            if options.resume == "auto":
-                saver.restore()
+        with Progress(stage="ppo", enabled=runtime.is_main) as progress, runtime.minding_sigterm():
+            resume.begin()
             with Tracker.open(
                 cfg.run_dir,
                 cfg.tracking,
                 stage="ppo",
                 config=cfg.model_dump(mode="json"),
                 enabled=runtime.is_main,
-                resume_step=saver.first_step or None,
+                resume_step=resume.first_step or None,
                 say=progress.say,
             ) as tracker:
-                yield cls(cfg, runtime, progress, tracker, saver, work, profiled=options.profile)
+                yield cls(cfg, runtime, progress, tracker, resume, kl_control, work, profiled=options.profile)
 
     def steps(self) -> Iterator[int]:
         """0-based steps that are still to be done."""
@@ -111,7 +107,8 @@ class PPORun:
         began = time.perf_counter()
         total = self.cfg.batch_size * self.cfg.sampling.max_new_tokens if name == "generate" else None
         with self.progress.phase(name, total=total, unit="tokens"), torch.profiler.record_function(name):
-            yield
+            with contextlib.suppress(SamplingEnded):
+                yield
             self._runtime.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
@@ -163,10 +160,33 @@ class PPORun:
             self._profile.records.append(record)
         return record
 
+    def on_tokens(self, count: int) -> None:
+        """Progress while sampling; a SIGTERM ends this rank's sampling, for its answers will be sampled again."""
+        self.progress.advance(count)
+        if self._runtime.has_sigterm:
+            raise SamplingEnded
+
+    def end_if_asked(self, step: int) -> None:
+        """Before the update of `step` nothing of the step is worth saving: a SIGTERM ends the run here and now."""
+        if self._runtime.is_asked_to_end():
+            self._resume.save_and_end(step, self._state())
+
     def save_if_due(self, step: int) -> None:
-        """A checkpoint every `save_every` steps; the last step needs none, `finish` writes the models."""
-        if self.cfg.save_every and (step + 1) % self.cfg.save_every == 0 and step + 1 < self.cfg.steps:
-            self._saver.save(step + 1)
+        """See `Resume.save_if_due`."""
+        self._resume.save_if_due(step, self.cfg.steps, self._state)
+
+    def _state(self) -> dict[str, Any]:
+        return {"kl_control": self._kl_control.state_dict()}
+
+    @contextlib.contextmanager
+    def keeping_on_failure(self, step: int, rollouts: Sequence[Rollout]) -> Iterator[None]:
+        """When an assertion stops the update, the rollouts that did it stay in `failed/`, one file per rank."""
+        try:
+            yield
+        except InvariantError as error:
+            path = Path(self.cfg.run_dir) / "failed" / f"step_{step + 1:06d}_rank_{self._runtime.rank}.parquet"
+            RolloutBuffer(rollouts).to_parquet(path)
+            raise type(error)(f"{error.message} (the rollouts are in {path})", fix=error.fix) from error
 
     def finish(self, roles: Roles) -> RunResult:
         """Write `final/` and `critic/`, and the profile if there is one; the summary is the last step's metrics."""
@@ -174,6 +194,7 @@ class PPORun:
         if self._profile and self._profile.records and self._runtime.is_main:
             self.progress.console.print(table(self._profile.report()))
         self.progress.say(f"writing {folder / 'final'}")
+        self._runtime.make_whole(roles.actor_critic)
         if self._runtime.is_main:
             roles.export(folder, self._runtime.dtype)
         self._tracker.summary(self._last)
@@ -181,85 +202,6 @@ class PPORun:
         return RunResult(
             self.cfg.run_dir, self._last, {"model": str(folder / "final"), "critic": str(folder / "critic")}
         )
-
-
-class Saver:
-    """Checkpoints of everything that changes during a run.
-
-    Prompts and draws are functions of (seed, step, rank), so trained parameters, optimizer and KL controller are
-    the whole state.
-    """
-
-    def __init__(
-        self,
-        cfg: PPOStage,
-        runtime: Runtime,
-        module: Any,
-        optimizer: Any,
-        kl_control: KLController,
-        *,
-        say: Callable[[str], None],
-    ) -> None:
-        self.first_step = 0
-        self._cfg, self._runtime, self._say = cfg, runtime, say
-        self._inputs = digests(named_data(cfg) | named_models(cfg), exact=True)
-        self._module, self._optimizer, self._kl_control = module, optimizer, kl_control
-        self._checkpoints = Checkpoints(cfg.run_dir, cfg.keep_checkpoints, say=say, writer=runtime.is_main)
-
-    def restore(self) -> None:
-        """Go on from the newest verified checkpoint, if there is one.
-
-        Raises:
-            CheckpointError: it belongs to another configuration, data file or model, or all are damaged.
-        """
-        found = self._checkpoints.latest()
-        if found is None:
-            return
-        if found.meta.get("config") != learned_fingerprint(self._cfg):
-            raise CheckpointError(
-                f"the checkpoints in {self._cfg.run_dir} were made with another configuration",
-                fix="restore the configuration, use another run_dir, or start anew with --resume never",
-            )
-        self._refuse_changed_inputs(found.meta.get("inputs", {}))
-        load_trainable(self._module, found.tensors("trainable"))
-        self._optimizer.load_state_dict(unflatten_optimizer(found.tensors("optimizer"), found.state["optimizer"]))
-        self._kl_control.load_state_dict(found.state["kl_control"])
-        self.first_step = found.step
-        self._say(f"resumed after step {found.step} of {self._cfg.steps}")
-
-    def save(self, step: int) -> None:
-        """Write the state after `step` steps; DeepSpeed's sharded optimizer is not saved yet, and that is said."""
-        if self._runtime.uses_deepspeed:
-            self._say("no checkpoint: saving a sharded optimizer is not supported yet (the final models are written)")
-            return
-        if self._runtime.is_main:
-            tensors, plain = flatten_optimizer(self._optimizer.state_dict())
-            self._checkpoints.save(
-                step,
-                {"trainable": trainable_tensors(self._module), "optimizer": tensors},
-                {"optimizer": plain, "kl_control": self._kl_control.state_dict()},
-                {"config": learned_fingerprint(self._cfg), "inputs": self._inputs},
-            )
-        self._runtime.barrier()
-
-    def _refuse_changed_inputs(self, recorded: dict[str, str]) -> None:
-        """Steps on other prompts, or LoRA weights over another base, would be one run in name only."""
-        changed = sorted(name for name, digest in recorded.items() if self._inputs.get(name) != digest)
-        if changed:
-            raise CheckpointError(
-                f"changed since the checkpoints in {self._cfg.run_dir} were made: {', '.join(changed)}",
-                fix="restore what changed, use another run_dir, or start anew: with --resume never, or without "
-                f"{self._cfg.run_dir}/checkpoints",
-            )
-
-
-def set_aside(folder: Path) -> None:
-    """Rename a folder of an earlier run to `<name>.old-N`: never resumed by mistake, never lost."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    if folder.exists():
-        folder.rename(aside)
 
 
 def sample_row(rollout: Rollout, kl: float) -> dict[str, Any]:

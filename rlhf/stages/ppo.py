@@ -26,14 +26,15 @@ from rlhf.data.templates import (
     check_prompt_lengths,
     show_prompts,
 )
-from rlhf.errors import ConfigError, InvariantError
+from rlhf.errors import InvariantError
 from rlhf.functional.advantages import clip_scores, gae, penalised_rewards
 from rlhf.functional.kl import k1
 from rlhf.functional.losses import kl_loss, max_ratio_deviation, policy_loss, value_loss
 from rlhf.functional.masked import masked_sum, moments, whiten
-from rlhf.kl_control import MAX_ERROR, AdaptiveKL, FixedKL
+from rlhf.kl_control import kl_control_for
 from rlhf.models.roles import Roles, build_roles
 from rlhf.models.tuning import build_optimizer, set_lr
+from rlhf.resume import Resume
 from rlhf.rollout.assertions import assert_common_start, assert_first_ratio
 from rlhf.rollout.buffer import RolloutBuffer, cut_into, micro_batch_rows, minibatch_rows
 from rlhf.rollout.collect import collect, missing_eos_penalty, settings_from
@@ -45,7 +46,7 @@ from rlhf.rollout.statistics import step_metrics
 from rlhf.rollout.work import StepWork
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
-from rlhf.types import KLController, RewardFn, Rollout, RolloutBatch, RunResult
+from rlhf.types import RewardFn, Rollout, RolloutBatch, RunResult
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -53,20 +54,26 @@ MAX_SKIPPED_IN_A_ROW = 3
 def main(cfg: PPOStage, options: RunOptions) -> RunResult:
     """Train the policy; leaves `final/` (policy), `critic/`, metrics.jsonl and samples.jsonl."""
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
+    resume = Resume.open(cfg, options, runtime, say=print)
     roles = build_roles(cfg, runtime)
     reward_fn = build_reward(cfg, roles, runtime)
     prompts, title = load_prompts(cfg, roles.tokenizer)
     ptx = load_ptx(cfg, roles.tokenizer)
-    optimizer = build_optimizer(roles.parameter_groups(cfg), cfg.optim)
-    actor_critic, optimizer = runtime.prepare(roles.actor_critic, optimizer, micro_batch_size=cfg.micro_batch_size)
-    kl_control = build_kl_control(cfg, runtime)
+    resume.load_weights(roles.actor_critic)
+    actor_critic, optimizer = runtime.prepare(
+        roles.actor_critic,
+        build_optimizer(roles.parameter_groups(cfg), cfg.optim),
+        micro_batch_size=cfg.micro_batch_size,
+        max_grad_norm=cfg.optim.max_grad_norm,
+    )
+    resume.attach(roles.actor_critic, optimizer)
+    kl_control = kl_control_for(cfg.kl, cfg.batch_size * runtime.world_size, resume.state.get("kl_control"))
 
     with PPORun.open(
         cfg,
         options,
         runtime,
-        module=roles.actor_critic,
-        optimizer=optimizer,
+        resume=resume,
         kl_control=kl_control,
         work=StepWork.of(cfg, roles.begins(reward_fn)),
     ) as run:
@@ -75,7 +82,8 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
         for step in run.steps():
             with run.phase("generate"):
                 # 1. Sample responses to this step's prompts.
-                rollouts = sample_rollouts(step, prompts, roles, cfg, runtime, on_tokens=run.progress.advance)
+                rollouts = sample_rollouts(step, prompts, roles, cfg, runtime, on_tokens=run.on_tokens)
+            run.end_if_asked(step)
             with run.phase("score"):
                 # 2. Scores; then old and reference logprobs, and values.
                 batch = score_rollouts(rollouts, reward_fn, cfg, runtime)
@@ -88,7 +96,8 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
             shape_rewards(batch, cfg, runtime, kl_coef=kl_control.coef)
             # 4. Generalised advantages, then whitened over the global batch.
             estimate_advantages(batch, cfg, runtime, bootstrap_B=bootstrap_values(batch, actor_critic, cfg, runtime))
-            with run.phase("update"):
+            run.end_if_asked(step)
+            with run.phase("update"), run.keeping_on_failure(step, rollouts):
                 # 5. Epochs of minibatches on the clipped objective.
                 lr = set_lr(optimizer, cfg.optim, step, cfg.steps, delay={"policy": cfg.critic_warmup_steps})
                 sums = train(learner, batch, epochs, ptx, kept=kept)
@@ -118,23 +127,6 @@ def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
         micro_batch_tokens=2 * cfg.micro_batch_tokens if cfg.micro_batch_tokens else None,
         share=roles.share,
     )
-
-
-def build_kl_control(cfg: PPOStage, runtime: Runtime) -> KLController:
-    """Fixed or adaptive, by the configuration.
-
-    Raises:
-        ConfigError: with this many processes one step could turn the coefficient negative.
-    """
-    if cfg.kl.kind == "fixed":
-        return FixedKL(cfg.kl.coef)
-    shortest = MAX_ERROR * cfg.batch_size * runtime.world_size
-    if cfg.kl.horizon <= shortest:
-        raise ConfigError(
-            f"kl.horizon {cfg.kl.horizon} is too short for {cfg.batch_size} rollouts on {runtime.world_size} processes",
-            fix=f"set it above {shortest:g}, better to many steps' worth of episodes",
-        )
-    return AdaptiveKL(cfg.kl.coef, cfg.kl.target, cfg.kl.horizon)
 
 
 def load_prompts(cfg: PPOStage, tokenizer: Any) -> tuple[list[TokenizedPrompt], str]:
@@ -274,11 +266,12 @@ def bootstrap_values(batch: RolloutBatch, actor_critic: Any, cfg: PPOStage, runt
     scalar = runtime.unwrap(actor_critic).critic.scalar
     truncated = batch.truncated_B.nonzero().squeeze(1).cpu()
     lengths_B = batch.attention_mask_BT.sum(1).cpu()
-    for rows in micro_batch_rows(truncated, lengths_B, cfg.micro_batch_size, cfg.micro_batch_tokens):
+    parts = micro_batch_rows(truncated, lengths_B, cfg.micro_batch_size, cfg.micro_batch_tokens)
+    for rows in runtime.in_step(parts, filler=torch.zeros(1, dtype=torch.long)):
         part = batch.select(rows)
         with runtime.autocast():
             values_B[rows] = scalar.score_last(part.tokens_BT, part.attention_mask_BT).float()
-    return values_B
+    return values_B * batch.truncated_B
 
 
 # --- the update -------------------------------------------------------------------------------------------

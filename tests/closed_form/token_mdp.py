@@ -261,6 +261,16 @@ class RecordedRun:
         """Nobody measures."""
         return nullcontext()
 
+    def on_tokens(self, count: int) -> None:
+        """Nobody looks."""
+
+    def end_if_asked(self, step: int) -> None:
+        """Nobody asks."""
+
+    def keeping_on_failure(self, step: int, rollouts: Any) -> Any:
+        """Nothing is kept."""
+        return nullcontext()
+
     def log(self, step: int, metrics: dict[str, float], batch: Any, rollouts: Any) -> None:
         """Keep the metrics."""
         self.metrics.append(metrics)

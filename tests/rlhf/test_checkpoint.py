@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rlhf
-from rlhf import checkpoint
+from rlhf import checkpoint, tensor_files
 from rlhf.checkpoint import (
     MANIFEST,
     Checkpoints,
     atomic_write,
     export_folder,
-    flatten_optimizer,
-    read_tensors,
-    restore_rng,
-    rng_state,
-    unflatten_optimizer,
     verify_folder,
-    write_tensors,
 )
 from rlhf.errors import CheckpointError
+from rlhf.tensor_files import piece_name, read_tensors, write_tensors
 
 ROOT = Path(rlhf.__file__).parent.parent
 META = {"fingerprint": "abc", "versions": {"torch": "2"}}
@@ -106,7 +103,7 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
     latest = Checkpoints(tmp_path).latest()
     assert latest is not None
     assert (latest.step, latest.state, latest.meta, latest.path) == (12, state, META, path)
-    assert identical(latest.tensors("policy")["w"], torch.tensor([1 / 3]))
+    assert identical(latest.tensors("policy").whole("w"), torch.tensor([1 / 3]))
     with pytest.raises(CheckpointError, match=r"no tensors 'critic'; it has policy"):
         latest.tensors("critic")
 
@@ -114,73 +111,6 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
 def test_no_checkpoints_is_none(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).latest() is None
     assert not (tmp_path / "checkpoints").exists(), "looking writes nothing"
-
-
-def adamw(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    head, rest = [model[2].weight], [model[0].weight, model[0].bias, model[2].bias]
-    groups = [{"params": head, "lr": 1e-2}, {"params": rest, "weight_decay": 0.0}]
-    return model, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-5, amsgrad=seed == 7)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(16, 4)).square().mean().backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("seed", [0, 7])
-def test_a_resumed_optimizer_and_its_random_numbers_go_on_bit_for_bit(tmp_path: Path, seed: int) -> None:
-    model, optimizer = adamw(seed)
-    train(model, optimizer, 3)
-    optimizer_tensors, optimizer_json = flatten_optimizer(optimizer.state_dict())
-    rng_tensors, rng_json = rng_state()
-    groups = {"policy": model.state_dict(), "optimizer": optimizer_tensors, "rng": rng_tensors}
-    Checkpoints(tmp_path).save(3, groups, {"optimizer": optimizer_json, "rng": rng_json}, META)
-    train(model, optimizer, 4)
-
-    resumed, resumed_optimizer = adamw(seed)
-    latest = Checkpoints(tmp_path).latest()
-    assert latest is not None
-    resumed.load_state_dict(latest.tensors("policy"))
-    optimizer_state = unflatten_optimizer(latest.tensors("optimizer"), latest.state["optimizer"])
-    resumed_optimizer.load_state_dict(optimizer_state)
-    restore_rng(latest.tensors("rng"), latest.state["rng"])
-    train(resumed, resumed_optimizer, 4)
-    assert all(identical(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
-
-
-def test_the_optimizer_state_is_the_same_dict(tmp_path: Path) -> None:
-    model, optimizer = adamw(0)
-    optimizer.param_groups[1]["lr"] = torch.tensor(1e-3)
-    train(model, optimizer, 2)
-    before = optimizer.state_dict()
-    tensors, plain = flatten_optimizer(before)
-    write_tensors(tmp_path / "o.safetensors", tensors)
-    after = unflatten_optimizer(read_tensors(tmp_path / "o.safetensors"), json.loads(json.dumps(plain)))
-    assert after["param_groups"] == before["param_groups"]
-    assert type(after["param_groups"][0]["betas"]) is tuple
-    assert after["state"].keys() == before["state"].keys()
-    for index, entries in before["state"].items():
-        assert entries.keys() == after["state"][index].keys() == {"step", "exp_avg", "exp_avg_sq"}
-        assert all(identical(entries[key], after["state"][index][key]) for key in entries)
-    del tensors["state.0.exp_avg"]
-    with pytest.raises(CheckpointError, match=r"state\.0\.exp_avg"):
-        unflatten_optimizer(tensors, plain)
-
-
-def test_random_states_of_torch_python_and_numpy_come_back() -> None:
-    def draw() -> tuple[object, ...]:
-        return torch.randn(5).tolist(), random.gauss(0, 1), random.random(), np.random.randn(3).tolist()
-
-    draw()
-    tensors, plain = rng_state()
-    expected = draw()
-    draw()
-    restore_rng(tensors, json.loads(json.dumps(plain)))
-    assert draw() == expected
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -308,12 +238,102 @@ def test_a_disk_that_fails_while_writing_is_reported_and_cleaned_up(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((checkpoint, "save_file") if broken == "write" else (os, "fsync")), fail)
+    monkeypatch.setattr(*((tensor_files, "save_file") if broken == "write" else (os, "fsync")), fail)
     with pytest.raises(CheckpointError, match=r"step_3: .*No space left") as caught:
         save(store, 3)
     assert "older checkpoints are intact" in caught.value.fix
     assert sorted(p.name for p in store.folder.iterdir()) == ["step_1", "step_2"]
 
+
+# --- several ranks ----------------------------------------------------------------------------------------------
+
+
+class Thread:
+    """One rank of several that are threads of this process."""
+
+    def __init__(self, rank: int, world_size: int, meeting: threading.Barrier, table: list[list[Any]]) -> None:
+        self.rank, self.world_size, self._meeting, self._table = rank, world_size, meeting, table
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        self._table[self.rank] = values
+        self._meeting.wait(20)
+        joined = [value for part in self._table for value in part]
+        self._meeting.wait(20)
+        return joined
+
+
+def together(action: Callable[[Thread], Any], world_size: int = 3) -> list[Any]:
+    """`action` on every rank; what each returned or raised."""
+    meeting, table = threading.Barrier(world_size), [[] for _ in range(world_size)]
+
+    def run(rank: int) -> Any:
+        try:
+            return action(Thread(rank, world_size, meeting, table))
+        except CheckpointError as error:
+            return error
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(run, range(world_size)))
+
+
+def save_share(path: Path, step: int) -> Callable[[Thread], Any]:
+    """Rank r has elements [4 r, 4 r + 4) of `w`."""
+
+    def action(rank: Thread) -> Path:
+        mine = {piece_name("w", 4 * rank.rank): torch.arange(4.0) + 4 * rank.rank + step}
+        return Checkpoints(path, ranks=rank).save(step, {"policy": mine}, {"from": rank.rank}, META)
+
+    return action
+
+
+def test_ranks_save_one_checkpoint_and_any_number_reads_it(tmp_path: Path) -> None:
+    assert together(save_share(tmp_path, 5)) == [tmp_path / "checkpoints" / "step_5"] * 3
+    for found in [
+        Checkpoints(tmp_path).latest(),
+        *together(lambda rank: Checkpoints(tmp_path, ranks=rank).latest(), 2),
+    ]:
+        assert torch.equal(found.tensors("policy").whole("w"), torch.arange(12.0) + 5)
+        assert (found.state, found.meta) == ({"from": 0}, META)
+    assert len(list((tmp_path / "checkpoints" / "step_5").glob("policy-0000?-of-00003.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("file", ["policy-00001-of-00003", "policy-00002-of-00003", "policy-00003-of-00003"])
+def test_ranks_agree_that_a_checkpoint_is_damaged(tmp_path: Path, file: str) -> None:
+    """Each of them reads a part of the files; the one that finds the damage tells the others."""
+    together(save_share(tmp_path, 1))
+    together(save_share(tmp_path, 2))
+    flip(tmp_path / "checkpoints" / "step_2" / f"{file}.safetensors", -1)
+    found = together(lambda rank: Checkpoints(tmp_path, ranks=rank, say=lambda _: None).latest())
+    assert [checkpoint.step for checkpoint in found] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_what_one_rank_cannot_write_all_of_them_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    together(save_share(tmp_path, 1))
+    write = checkpoint.write_tensors
+
+    def full(path: Path, tensors: Any) -> None:
+        if f"-{failing + 1:05d}-of-" in path.name:
+            raise OSError(28, "No space left on device")
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    outcomes = together(save_share(tmp_path, 2))
+    assert all(isinstance(outcome, CheckpointError) for outcome in outcomes)
+    assert len({outcome.message for outcome in outcomes}) == 1
+    assert "No space left" in outcomes[1].message
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
+def test_ranks_count_the_space_that_all_of_them_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 51, 49))
+    outcomes = together(save_share(tmp_path, 2))
+    assert all("needs 50 bytes, the disk has 49" in outcome.message for outcome in outcomes)  # 3 x 4 floats, x 1.05
+
+
+# --- kills and exports ------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, random, signal, sys, time
@@ -334,7 +354,7 @@ def check(run_dir):
         latest = Checkpoints(run_dir, say=said.append, writer=writer).latest()
         assert latest is not None and not said, said
         assert latest.state["step"] == latest.step
-        assert (latest.tensors("policy")["w"] == latest.step).all()
+        assert (latest.tensors("policy").whole("w") == latest.step).all()
     return latest.step
 
 def child(run_dir, kill_at):

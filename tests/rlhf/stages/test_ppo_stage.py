@@ -400,11 +400,18 @@ def test_the_steps_around_a_skipped_one_count(run: Any, tiny: Any, monkeypatch: 
 
 
 @pytest.mark.parametrize(("epochs", "minibatches"), [(2, 2), (1, 1), (2, 1)])
-def test_three_skipped_in_a_row_end_the_run(run: Any, monkeypatch: Any, epochs: int, minibatches: int) -> None:
+def test_three_skipped_in_a_row_end_the_run_and_keep_its_rollouts(
+    run: Any, monkeypatch: Any, tmp_path: Path, epochs: int, minibatches: int
+) -> None:
     """In a row over the run: with the default of two optimizer steps a step, too."""
     poison(monkeypatch, set(range(10_000)))
-    with pytest.raises(InvariantError, match="3 times in a row"):
+    with pytest.raises(InvariantError, match="3 times in a row") as caught:
         run(steps=5, epochs=epochs, minibatches=minibatches)
+    (path,) = (tmp_path / "ppo" / "failed").iterdir()
+    assert str(path) in caught.value.message
+    kept = RolloutBuffer.from_parquet(path).rollouts
+    assert len(kept) == 8
+    assert {f"step_{r.step + 1:06d}_rank_0.parquet" for r in kept} == {path.name}
 
 
 # --- options --------------------------------------------------------------------------------------------------

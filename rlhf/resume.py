@@ -1,0 +1,176 @@
+"""The checkpoints of a stage that trains: what they hold, from which one a run goes on, and when that is refused.
+
+Prompts, rows, draws and learning rates are functions of (seed, step), so trained weights, the optimizer's moments and
+a few numbers of the stage are the whole state, and the step is the data cursor. Nothing in it depends on the number of
+processes or on ZeRO: a run may go on with other ones, as long as a step takes as many rows in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.checkpoint import Checkpoint, Checkpoints, open_checkpoint
+from rlhf.errors import CheckpointError
+from rlhf.runs import RunOptions, digests, environment, learned_fingerprint, named_data, named_models
+from rlhf.runtime import Runtime
+from rlhf.sharding import TrainState
+
+TERMINATED = 128 + 15
+"""Exit code of a run that was asked to end (SIGTERM) and saved what it had."""
+
+
+class Resume:
+    """Where a run goes on, and how it will be possible to go on from it.
+
+    Use: `resume = Resume.open(...)`, `load_weights` before the runtime wraps the module, `attach` after it.
+    """
+
+    def __init__(self, cfg: Any, runtime: Runtime, store: Checkpoints, found: Checkpoint | None) -> None:
+        self._cfg, self._runtime, self._store, self._found = cfg, runtime, store, found
+        self._train_state: TrainState | None = None
+        self.first_step = found.step if found else 0
+        self.state: dict[str, Any] = found.state if found else {}
+
+    @classmethod
+    def open(cls, cfg: Any, options: RunOptions, runtime: Runtime, *, say: Callable[[str], None]) -> Resume:
+        """Find the checkpoint that `--resume` asks for; nothing is changed on the disk yet, but remains of a kill.
+
+        Args:
+            cfg: a stage with `save_every` and `keep_checkpoints`.
+
+        Raises:
+            CheckpointError: on all ranks; it belongs to another configuration, to changed inputs, or all are damaged.
+        """
+        speak = say if runtime.is_main else _silent
+        store = Checkpoints(cfg.run_dir, cfg.keep_checkpoints, say=speak, ranks=runtime)
+        runtime.barrier()  # rank 0 has put a replacement that was cut short back
+        if options.resume == "never":
+            found = None
+        elif options.resume == "auto":
+            found = store.latest()
+        else:
+            found = open_checkpoint(Path(options.resume).expanduser(), ranks=runtime)
+        resume = cls(cfg, runtime, store, found)
+        if found:
+            resume._refuse_others(found)
+            speak(f"going on after step {found.step}{resume._moved_from(found)}")
+        return resume
+
+    def begin(self) -> None:
+        """Set aside what does not belong to this run's time line: later checkpoints, or all under `--resume never`."""
+        if self._runtime.is_main:
+            self._store.set_aside_after(self.first_step if self._found else -1)
+        self._runtime.barrier()
+
+    def load_weights(self, module: Any) -> None:
+        """Trained weights of the checkpoint, if there is one, into the module; before `Runtime.prepare`.
+
+        Raises:
+            CheckpointError: one of them is not in the checkpoint.
+        """
+        if self._found is None:
+            return
+        files = self._found.tensors("trainable")
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(files.part(name, 0, parameter.numel()).view_as(parameter))
+
+    def attach(self, module: Any, optimizer: Any) -> None:
+        """Moments of the checkpoint, if there is one, into the optimizer; both are saved from now on.
+
+        Args:
+            module: unwrapped.
+            optimizer: as `Runtime.prepare` gave it.
+        """
+        self._train_state = self._runtime.train_state(module, optimizer)
+        if self._found is not None:
+            self._train_state.load_moments(self._found.tensors("optimizer"))
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """The checkpoint after `step` steps; all ranks call it.
+
+        Args:
+            state: what the stage needs besides; JSON types with text keys.
+
+        Raises:
+            CheckpointError: on all ranks, when one of them cannot write.
+        """
+        assert self._train_state is not None, "attach comes first"
+        tensors = {"trainable": self._train_state.weights(), "optimizer": self._train_state.moments()}
+        self._store.save(step, tensors, state, self._meta())
+
+    def save_if_due(self, step: int, total: int, state: Callable[[], dict[str, Any]]) -> None:
+        """After 0-based `step`: a checkpoint every `save_every` steps, and when the run is asked to end, which it does.
+
+        After the last of `total` steps there is none: the finished model is written anyway.
+
+        Raises:
+            SystemExit: with code `TERMINATED`, on all ranks, once the checkpoint is written.
+        """
+        every = self._cfg.save_every
+        if self._runtime.is_asked_to_end():
+            self.save_and_end(step + 1, state())
+        if every and (step + 1) % every == 0 and step + 1 < total:
+            self.save(step + 1, state())
+
+    def save_and_end(self, step: int, state: dict[str, Any]) -> None:
+        """The checkpoint after `step` steps, unless it is there, and the end of the process."""
+        if step > self.first_step:
+            self.save(step, state)
+        if self._runtime.is_main:
+            print(f"ended by SIGTERM after step {step}; run the same command again to go on", flush=True)
+        raise SystemExit(TERMINATED)
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "config": learned_fingerprint(self._cfg, processes=self._runtime.world_size),
+            "inputs": self._inputs(),
+            "processes": self._runtime.world_size,
+            "zero_stage": self._runtime.zero_stage,
+            "environment": environment(),
+        }
+
+    def _inputs(self) -> dict[str, str]:
+        return digests(named_data(self._cfg) | named_models(self._cfg), exact=True)
+
+    def _refuse_others(self, found: Checkpoint) -> None:
+        """Steps on other prompts, or LoRA weights over another base, would be one run in name only."""
+        processes = self._runtime.world_size
+        anew = f"use another run_dir, or start anew with --resume never (which keeps {self._store.folder} aside)"
+        if found.meta.get("config") != learned_fingerprint(self._cfg, processes=processes):
+            there = found.meta.get("processes", processes)
+            hint = (
+                f" (or for another number of rows per step: it was made by {there} processes, now there are "
+                f"{processes}, and batch_size counts per process)"
+                if there != processes
+                else ""
+            )
+            raise CheckpointError(
+                f"{found.path} was made with another configuration{hint}", fix=f"restore the configuration, {anew}"
+            )
+        inputs = self._inputs()
+        changed = sorted(name for name, digest in found.meta.get("inputs", {}).items() if inputs.get(name) != digest)
+        if changed:
+            raise CheckpointError(
+                f"changed since {found.path} was made: {', '.join(changed)}", fix=f"restore what changed, {anew}"
+            )
+
+    def _moved_from(self, found: Checkpoint) -> str:
+        """What else is new: no reason to refuse, but good to know."""
+        meta, now = found.meta, self._runtime
+        before = (meta.get("processes"), meta.get("zero_stage"))
+        text = ""
+        if before != (now.world_size, now.zero_stage):
+            text += f", which {before[0]} processes under ZeRO-{before[1]} wrote"
+        if (meta.get("environment") or {}).get("packages") != environment()["packages"]:
+            text += "; packages have other versions now, so bits may differ"
+        return text
+
+
+def _silent(text: str) -> None:
+    return None
