@@ -155,6 +155,7 @@ def fit(
         tracker.log(step + 1, {**metrics, "lr": lr})
         progress.advance(1, loss=metrics["loss/train"], accuracy=metrics["train/accuracy"])
         resume.save_if_due(step, total, dict)
+    resume.finish()
     runtime.make_whole(scalar, everywhere=True)
 
 

@@ -20,9 +20,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -30,6 +31,7 @@ from torch import Tensor
 from rlhf.errors import CheckpointError
 from rlhf.files import atomic_write, fsync_path
 from rlhf.tensor_files import TensorFiles, write_tensors
+from rlhf.types import Alone, Ranks
 
 FORMAT = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
@@ -175,25 +177,14 @@ def open_checkpoint(path: str | Path, *, ranks: Ranks | None = None) -> Checkpoi
     return Checkpoint(folder, manifest["step"], state, manifest["meta"])
 
 
-class Ranks(Protocol):
-    """The processes that save together, as one of them sees it (`rlhf.runtime.Runtime` is one)."""
+@dataclass
+class _Pending:
+    """A checkpoint whose files are being written; `written`: this rank's, with size and hash."""
 
-    rank: int
-    world_size: int
-
-    def gather_objects(self, values: list[Any]) -> list[Any]:
-        """The ranks' lists joined, in rank order, on every rank."""
-        ...
-
-
-class Alone:
-    """One process."""
-
-    rank, world_size = 0, 1
-
-    def gather_objects(self, values: list[Any]) -> list[Any]:
-        """The list itself."""
-        return values
+    step: int
+    staging: Path
+    meta: Json
+    written: Future[dict[str, Json]]
 
 
 class Checkpoints:
@@ -221,6 +212,7 @@ class Checkpoints:
         self.keep = keep
         self._say = say
         self._ranks = ranks or Alone()
+        self._pending: _Pending | None = None
         self._writer = writer
         if writer and self._is_main and self.folder.is_dir():
             for replaced in self.folder.glob(".replaced-*"):  # a crash between the two renames of `_commit`
@@ -239,7 +231,15 @@ class Checkpoints:
     def _is_main(self) -> bool:
         return self._ranks.rank == 0
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Json, meta: Json) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Json,
+        meta: Json,
+        *,
+        in_background: bool = False,
+    ) -> Path:
         """Write the checkpoint of `step`, then prune older ones.
 
         Args:
@@ -247,6 +247,8 @@ class Checkpoints:
             tensors: file name (without suffix) -> name -> tensor, of this rank: whole, or pieces (`piece_name`).
             state: counters, KL coefficient, data cursor ..; JSON types with text keys only. Rank 0's is written.
             meta: configuration fingerprint and versions, for the manifest. Rank 0's is written.
+            in_background: copy the tensors and return; the checkpoint is there once `commit_if_written` says so. An
+                earlier one that is still being written is waited for.
 
         Returns:
             The checkpoint's folder.
@@ -256,19 +258,47 @@ class Checkpoints:
         """
         if not self._writer:
             raise RuntimeError("save was called on a reader")
+        self.commit_if_written(wait=True)
         staging = self.folder / f".staging-step_{step}"
         sizes = self._ranks.gather_objects(
             [sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())]
         )
+        self._together(step, lambda: self._begin(step, staging, sum(sizes)) if self._is_main else None)
+        if in_background:
+            tensors = {name: {k: t.detach().cpu().clone() for k, t in group.items()} for name, group in tensors.items()}
+        pool = ThreadPoolExecutor(1)
+        self._pending = _Pending(step, staging, meta, pool.submit(self._write, staging, tensors, state))
+        pool.shutdown(wait=not in_background)
+        if not in_background:
+            self.commit_if_written(wait=True)
+        return self._path(step)
+
+    def commit_if_written(self, *, wait: bool = False) -> bool:
+        """Make a checkpoint that is written in the background valid, when all ranks have written their part.
+
+        All ranks call it; `wait` until they have.
+
+        Returns:
+            Whether nothing is pending any more.
+
+        Raises:
+            CheckpointError: on every rank, when one of them could not write; older checkpoints are intact.
+        """
+        pending = self._pending
+        if pending is None:
+            return True
+        if not wait and not all(self._ranks.gather_objects([pending.written.done()])):
+            return False
+        self._pending = None
+        step, staging, meta = pending.step, pending.staging, pending.meta
         try:
-            self._together(step, lambda: self._begin(step, staging, sum(sizes)) if self._is_main else None)
-            written = self._together(step, lambda: self._write(staging, tensors, state))
+            written = self._together(step, pending.written.result)
             known = {name: entry for files in written for name, entry in files.items()}
             self._together(step, lambda: self._commit(staging, step, meta, known) if self._is_main else None)
         finally:
             if self._is_main:
                 shutil.rmtree(staging, ignore_errors=True)  # gone already, unless the save failed
-        return self._path(step)
+        return True
 
     def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
         """Run `action` on every rank; what each returned. If one of them failed, every rank raises.

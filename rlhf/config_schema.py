@@ -219,6 +219,9 @@ class RewardStage(StageConfig):
 
     save_every: Annotated[int, Field(ge=0)] = Field(default=100, description="in steps; 0: only the end")
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    save_in_background: bool = Field(
+        default=False, description="train on while a checkpoint is written; takes its size in CPU memory"
+    )
 
     @model_validator(mode="after")
     def _no_dropout(self) -> RewardStage:
@@ -315,6 +318,9 @@ class PPOStage(StageConfig):
 
     save_every: Annotated[int, Field(ge=0)] = Field(default=10, description="in steps; 0: only the end")
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    save_in_background: bool = Field(
+        default=False, description="train on while a checkpoint is written; takes its size in CPU memory"
+    )
     samples_per_step: Annotated[int, Field(ge=0)] = Field(default=4, description="rollouts written to samples.jsonl")
     archive_rollouts: bool = Field(default=False, description="keep every step's rollouts as Parquet")
 

@@ -91,18 +91,19 @@ class Resume:
         if self._found is not None:
             self._train_state.load_moments(self._found.tensors("optimizer"))
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], *, in_background: bool = False) -> None:
         """The checkpoint after `step` steps; all ranks call it.
 
         Args:
             state: what the stage needs besides; JSON types with text keys.
+            in_background: it is there after a later `save_if_due`, or `finish`.
 
         Raises:
             CheckpointError: on all ranks, when one of them cannot write.
         """
         assert self._train_state is not None, "attach comes first"
         tensors = {"trainable": self._train_state.weights(), "optimizer": self._train_state.moments()}
-        self._store.save(step, tensors, state, self._meta())
+        self._store.save(step, tensors, state, self._meta(), in_background=in_background)
 
     def save_if_due(self, step: int, total: int, state: Callable[[], dict[str, Any]]) -> None:
         """After 0-based `step`: a checkpoint every `save_every` steps, and when the run is asked to end, which it does.
@@ -115,8 +116,13 @@ class Resume:
         every = self._cfg.save_every
         if self._runtime.is_asked_to_end():
             self.save_and_end(step + 1, state())
+        self._store.commit_if_written()
         if every and (step + 1) % every == 0 and step + 1 < total:
-            self.save(step + 1, state())
+            self.save(step + 1, state(), in_background=self._cfg.save_in_background)
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is still being written."""
+        self._store.commit_if_written(wait=True)
 
     def save_and_end(self, step: int, state: dict[str, Any]) -> None:
         """The checkpoint after `step` steps, unless it is there, and the end of the process."""

@@ -27,8 +27,8 @@ CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
 
 FREE_TO_CHANGE = frozenset(
     {
-        *("run_dir", "tracking", "save_every", "keep_checkpoints", "samples_per_step", "archive_rollouts"),
-        *("micro_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
+        *("run_dir", "tracking", "save_every", "keep_checkpoints", "save_in_background", "samples_per_step"),
+        *("archive_rollouts", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
     }
 )
 """Keys that change nothing that is learned but rounding: they may differ on a resume, and make no finished stage run

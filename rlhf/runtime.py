@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -71,6 +72,8 @@ class Runtime:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         runtime = cls(accelerator, precision)
+        if runtime.uses_deepspeed:  # two lines for every exchange of weights, about names that DeepSpeed uses
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if runtime.zero_stage == 3:
             # transformers would shard models while it loads them, before roles are made of them.
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config

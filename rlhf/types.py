@@ -164,6 +164,27 @@ class KLController(Protocol):
     def load_state_dict(self, state: dict[str, float]) -> None: ...
 
 
+class Ranks(Protocol):
+    """The processes that save together, as one of them sees it (`rlhf.runtime.Runtime` is one)."""
+
+    rank: int
+    world_size: int
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """The ranks' lists joined, in rank order, on every rank."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank, world_size = 0, 1
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """The list itself."""
+        return values
+
+
 @dataclass
 class RunResult:
     """What a stage leaves: its folder, its headline numbers, and the files the next stage reads."""

@@ -191,6 +191,7 @@ class PPORun:
     def finish(self, roles: Roles) -> RunResult:
         """Write `final/` and `critic/`, and the profile if there is one; the summary is the last step's metrics."""
         folder = Path(self.cfg.run_dir)
+        self._resume.finish()
         if self._profile and self._profile.records and self._runtime.is_main:
             self.progress.console.print(table(self._profile.report()))
         self.progress.say(f"writing {folder / 'final'}")

@@ -320,7 +320,7 @@ def build_roles(lm: Any, classifier: Any, reference: Any, runtime: Runtime) -> R
         tokenizer=SimpleNamespace(decode=lambda tokens, skip_special_tokens: " ".join(map(str, tokens))),
         eos_ids=(EOS,),
         actor_critic=ActorCritic(Policy(lm), Critic(ScalarModel(classifier))).eval(),
-        reference=runtime.freeze(Policy(reference)),
+        reference=runtime.shard(runtime.freeze(Policy(reference))),
         sampler=Sampler(lm, runtime),
         policy_handle=None,
         critic_handle=None,

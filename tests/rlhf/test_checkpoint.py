@@ -327,6 +327,43 @@ def test_what_one_rank_cannot_write_all_of_them_report(
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
 
+def test_a_checkpoint_in_the_background_is_what_it_was_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is there only when every rank has written its part; training changes the weights meanwhile."""
+    slow, write = threading.Event(), checkpoint.write_tensors
+
+    def held_back(path: Path, tensors: Any) -> None:
+        if "-00002-of-" in path.name:
+            slow.wait(20)
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", held_back)
+
+    def action(rank: Thread) -> list[bool]:
+        store, weights = Checkpoints(tmp_path, ranks=rank), torch.arange(4.0) + 4 * rank.rank
+        store.save(7, {"policy": {piece_name("w", 4 * rank.rank): weights}}, {}, META, in_background=True)
+        weights.zero_()
+        seen = [store.commit_if_written(), bool(store.steps())]
+        if rank.rank == 0:
+            slow.set()
+        return [*seen, store.commit_if_written(wait=True), store.steps() == [7]]
+
+    assert together(action) == [[False, False, True, True]] * 3
+    found = Checkpoints(tmp_path).latest()
+    assert found is not None
+    assert torch.equal(found.tensors("policy").whole("w"), torch.arange(12.0))
+
+
+def test_a_failure_in_the_background_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = store_with(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *_: Path("/proc/none/x").write_text("x"))
+    store.save(2, {"policy": {"w": torch.ones(2)}}, {}, META, in_background=True)
+    with pytest.raises(CheckpointError, match=r"cannot write .*step_2"):
+        store.commit_if_written(wait=True)
+    assert [p.name for p in store.folder.iterdir()] == ["step_1"]
+
+
 def test_ranks_count_the_space_that_all_of_them_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 51, 49))
     outcomes = together(save_share(tmp_path, 2))
