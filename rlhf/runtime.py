@@ -59,7 +59,7 @@ class Runtime:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         # accelerate with DeepSpeed on CPU believes that every rank is alone unless the backend is named.
         name_backend = launched > 1 and not torch.cuda.is_available()
-        group = InitProcessGroupKwargs(backend="gloo" if name_backend else None, timeout=_timeout())
+        group = InitProcessGroupKwargs(timeout=_timeout(), **({"backend": "gloo"} if name_backend else {}))
         # accelerate's launcher does not hand `use_cpu` on: unasked, every rank would train alone.
         on_cpu = name_backend and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group] if launched > 1 else [])

@@ -122,6 +122,9 @@ class Others:
 
 def measure(rollouts: list[Rollout], policy: Policy, others: Others, cfg: EvaluateStage, runtime: Runtime) -> Answers:
     """Log-probabilities of the answers under policy, reference and base; gold and reward-model scores."""
+    scores = others.reward(rollouts) if others.reward else None
+    if not rollouts:  # there are fewer prompts than processes
+        return Answers([], [], [], [], scores)
     for rollout, gold in zip(rollouts, SCORERS[cfg.scorer](rollouts), strict=True):
         rollout.gold_score = gold
     batch = RolloutBuffer(rollouts).batch(runtime.device)
@@ -132,7 +135,6 @@ def measure(rollouts: list[Rollout], policy: Policy, others: Others, cfg: Evalua
         theirs, _ = _sequence_sums(others.reference, batch, runtime, temperature=temperature)
     if others.base is not policy or temperature != 1.0:  # perplexity knows no temperature
         under_base, _ = _sequence_sums(others.base, batch, runtime, temperature=1.0)
-    scores = others.reward(rollouts) if others.reward else None
     for i, rollout in enumerate(rollouts):
         rollout.score = scores[i] if scores else None
     return Answers(rollouts, (mine - theirs).tolist(), entropy.tolist(), (-under_base).tolist(), scores)
