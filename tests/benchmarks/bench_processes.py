@@ -1,4 +1,4 @@
-"""CPU time of a PPO sample on two processes: ZeRO-2 against DDP (`peer`), on a model large enough to be all of the work.
+"""CPU time of a PPO sample on two processes, ZeRO-2 against DDP (`peer`), with a model that is most of the work.
 
 Startup is left out: what the steps of a long run take beyond those of a short one, user and system time of all
 processes together.
