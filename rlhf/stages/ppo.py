@@ -21,11 +21,7 @@ from reward_model.model import RewardModel
 from rlhf.config_schema import PPOStage
 from rlhf.data.order import generator_for, rows_for_step
 from rlhf.data.records import read_prompts
-from rlhf.data.templates import (
-    TokenizedPrompt,
-    check_prompt_lengths,
-    show_prompts,
-)
+from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, show_prompts
 from rlhf.errors import ConfigError, InvariantError
 from rlhf.functional.advantages import clip_scores, gae, penalised_rewards
 from rlhf.functional.kl import k1
@@ -37,6 +33,7 @@ from rlhf.models.tuning import build_optimizer, set_lr
 from rlhf.rollout.assertions import assert_common_start, assert_first_ratio
 from rlhf.rollout.buffer import RolloutBuffer, cut_into, micro_batch_rows, minibatch_rows
 from rlhf.rollout.collect import collect, missing_eos_penalty, settings_from
+from rlhf.rollout.endpoint import RewardEndpoint
 from rlhf.rollout.engines import engine_for
 from rlhf.rollout.ppo_run import PPORun
 from rlhf.rollout.ptx import load_ptx, ptx_loss, ptx_texts
@@ -106,7 +103,9 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
 
 
 def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
-    """The reward model, or a programmatic scorer."""
+    """The reward model, a programmatic scorer, or a served reward."""
+    if cfg.reward_endpoint is not None:
+        return RewardEndpoint(cfg.reward_endpoint, runtime)
     if cfg.reward_model is None:
         assert cfg.scorer is not None, "config_schema.PPOStage checks this"
         return SCORERS[cfg.scorer]
@@ -174,15 +173,17 @@ def sample_rollouts(
 
 
 def score_rollouts(rollouts: Sequence[Rollout], reward_fn: RewardFn, cfg: PPOStage, runtime: Runtime) -> RolloutBatch:
-    """Write the raw score into every rollout, and make the batch."""
+    """Write the raw score into every rollout, None where none could be had, and make the batch."""
     for rollout, score in zip(rollouts, reward_fn(rollouts), strict=True):
         rollout.score = score
     return make_batch(rollouts, cfg, runtime)
 
 
 def make_batch(rollouts: Sequence[Rollout], cfg: PPOStage, runtime: Runtime) -> RolloutBatch:
-    """Padded tensors; scores clipped, then penalised where the answer has no EOS."""
+    """Padded tensors; scores clipped, then penalised where the answer has no EOS. Rows without a score have no actions,
+    and so no part in any reward, advantage, loss or mean."""
     batch = RolloutBuffer(rollouts).batch(runtime.device)
+    batch.action_mask_BT &= torch.tensor([[r.score is not None] for r in rollouts], device=runtime.device)
     scores_B = batch.scores_B if cfg.score_clip is None else clip_scores(batch.scores_B, cfg.score_clip)
     penalised = missing_eos_penalty(scores_B.tolist(), rollouts, cfg.missing_eos)
     batch.scores_B = torch.tensor(penalised, device=runtime.device)
