@@ -117,6 +117,7 @@ def test_a_token_is_sent_and_never_shown(server: ScriptedServer) -> None:
         ("fd00::1", False),
         ("::ffff:127.0.0.1", False),
         ("::ffff:8.8.8.8", True),
+        ("::ffff:224.0.0.1", False),
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:
