@@ -10,7 +10,22 @@ A request that is not answered validly (nobody there, too slow, status 429 or 5x
 is sent again, and so are those of its rollouts that got no number. What has none after the last attempt stays without
 a score: PPO masks it out and never takes a number in its place. With N rollouts of a process a step waits at most
 ceil(N / batch_size / parallel) times as long as one request: attempts x timeout_s, and the waits between them. Any
-other status than these and 2xx ends the run.
+other status than these and 2xx ends the run. A whole server:
+
+    import json
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Rewards(BaseHTTPRequestHandler):
+        def do_POST(self):
+            rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["rollouts"]
+            scores = [-abs(len(row["response"].split()) - 40) for row in rows]  # as near to 40 words as can be
+            answer = json.dumps({"scores": scores}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    ThreadingHTTPServer(("127.0.0.1", 8080), Rewards).serve_forever()
 """
 
 from __future__ import annotations

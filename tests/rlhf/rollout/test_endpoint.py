@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +16,7 @@ from scripted_server import ScriptedServer, serving
 
 from rlhf.config_schema import RewardEndpointConfig
 from rlhf.errors import ConfigError, RewardError
+from rlhf.rollout import endpoint as endpoint_module
 from rlhf.rollout.endpoint import RewardEndpoint
 from rlhf.types import Rollout, StopReason
 
@@ -212,3 +217,17 @@ def test_a_token_that_is_none_is_said_at_the_start(
         monkeypatch.setenv("REWARD_TOKEN", value)
     with pytest.raises(ConfigError, match="variable REWARD_TOKEN is not set, or holds no token"):
         endpoint(token_env="REWARD_TOKEN")
+
+
+def test_the_server_of_the_documentation_serves(runtime: Any) -> None:
+    code = textwrap.dedent(str(endpoint_module.__doc__).split("A whole server:\n")[1])
+    assert "8080" in code
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", code.replace("8080", port)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        cfg = RewardEndpointConfig(url=f"http://127.0.0.1:{port}", allow_private=True, attempts=10)
+        scores = RewardEndpoint(cfg, runtime, wait_s=0.05)(rollouts(["word " * 40, "word " * 38, "word " * 50]))
+        process.kill()
+    assert scores == [0.0, -2.0, -10.0]
