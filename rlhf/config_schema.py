@@ -237,7 +237,9 @@ class RewardEndpointConfig(Strict):
 
     url: Url = Field(description="e.g. https://rewards.example.org/score; requests are posted to it")
     token_env: EnvName | None = Field(default=None, description="environment variable that holds the bearer token")
-    timeout_s: Annotated[float, Field(gt=0)] = Field(default=60.0, description="of one request, answer included")
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        default=60.0, description="of one request, answer included"
+    )
     attempts: Annotated[int, Field(ge=1, le=10)] = Field(
         default=3, description="per request; between two of them the wait doubles, from 1 s on"
     )

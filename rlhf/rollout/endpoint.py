@@ -117,7 +117,7 @@ class RewardEndpoint:
                 f"{url} refused the request ({said[-1]})",
                 fix="check reward_endpoint.url and, with a token, that reward_endpoint.token_env names a valid one",
             )
-        if invalid > largest * rows:
+        if invalid / rows > largest:
             said = self._runtime.gather_objects([self._failure] if self._failure else [])
             raise RewardError(
                 f"{url} gave no score for {invalid / rows:.1%} of the step's rollouts ({invalid:.0f} of {rows:.0f}, "

@@ -61,16 +61,13 @@ class JsonServer:
             ConfigError: the address is not allowed.
         """
         status, content = self._exchange(path, None if body is None else json.dumps(body).encode())
-        text = content.decode(errors="replace")
-        if self.token:
-            text = text.replace(self.token, "<redacted>")
         if not 200 <= status < 300:
             kind = Unanswered if status == 429 or status >= 500 else Refused
-            raise kind(f"status {status}: {text[:SHOWN]}")
+            raise kind(f"status {status}: {self._shown(content)}")
         try:
-            return json.loads(text)
+            return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise Unanswered(f"no JSON ({error}): {text[:SHOWN]!r}") from None
+            raise Unanswered(f"no JSON ({type(error).__name__}): {self._shown(content)!r}") from None
 
     def addresses(self) -> list[tuple[Any, ...]]:
         """What the host resolves to now, as `socket.getaddrinfo` gives it.
@@ -92,6 +89,11 @@ class JsonServer:
                     fix="set allow_private: true beside the URL if that machine is meant, or correct the URL",
                 )
         return found
+
+    def _shown(self, content: bytes) -> str:
+        """The beginning of an answer, for an error."""
+        text = content.decode(errors="replace")
+        return (text.replace(self.token, "<redacted>") if self.token else text)[:SHOWN]
 
     def _exchange(self, path: str, data: bytes | None) -> tuple[int, bytes]:
         """(status, content) of one request."""

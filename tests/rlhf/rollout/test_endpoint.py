@@ -146,6 +146,13 @@ def test_the_limit_is_a_share_of_the_rollouts(server: ScriptedServer, endpoint: 
     assert "mend the endpoint" in caught.value.fix
 
 
+def test_a_share_that_is_the_limit_itself_is_allowed(server: ScriptedServer, endpoint: Any) -> None:
+    """0.29 x 100 is 28.999999999999996."""
+    server.score = lambda row: None if len(row["response"]) < 29 else 1.0
+    reward = endpoint(attempts=1, batch_size=100, max_invalid=0.29)
+    assert reward(rollouts(["x" * i for i in range(100)])).count(None) == 29
+
+
 class Together:
     """Stands in for a run on two ranks, of which the other one counted `theirs` and said `said`."""
 

@@ -94,6 +94,8 @@ def test_a_token_is_sent_and_never_shown(server: ScriptedServer) -> None:
     assert secret not in str(caught.value)
     assert "Bearer <redacted>" in str(caught.value)
     assert secret not in repr(JsonServer(server.url, 1.0, secret))
+    server.always = None
+    assert ask(server, token="4.0") == {"scores": [4.0, 1.0]}, "an answer is not touched"
 
 
 # --- addresses ------------------------------------------------------------------------------------------------
