@@ -6,36 +6,12 @@ Sizes are in rows (`B`) or tokens, learning rates per optimizer step, KL in nats
 from __future__ import annotations
 
 import shlex
-import typing
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, and so are infinity, NaN and true in place of a number; defaults are checked too."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would read true as 1."""
-        items = value if isinstance(value, list | tuple) else [value]
-        holds_boolean = any(isinstance(item, bool) for item in items)
-        if holds_boolean and _holds_number(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError("true or false is no number; write a number")
-        return value
-
-
-def _holds_number(annotation: Any) -> bool:
-    return annotation in (int, float) or any(map(_holds_number, typing.get_args(annotation)))
+from rlhf.config_base import Beta, EnvName, Positive, Probability, Seed, Strict, Url, check_url
 
 
 class DatasetConfig(Strict):
@@ -87,6 +63,8 @@ class SamplingConfig(Strict):
             raise ValueError("engine vllm needs a server; set sampling.server to its URL")
         if self.engine != "vllm" and self.server:
             raise ValueError(f"engine {self.engine} uses no server; remove sampling.server or set engine: vllm")
+        for url in [self.server] if isinstance(self.server, str) else (self.server or {}).values():
+            check_url(url)
         return self
 
     def require_server_for(self, models: Iterable[str]) -> None:
@@ -260,6 +238,27 @@ class MissingEOSConfig(Strict):
     value: float = Field(default=-1.0, description="for `set`, below nearly all scores of finished answers")
 
 
+class RewardEndpointConfig(Strict):
+    """A reward that another program gives over HTTP; its protocol stands in `rlhf/rollout/endpoint.py`."""
+
+    url: Url = Field(description="e.g. https://rewards.example.org/score; requests are posted to it")
+    token_env: EnvName | None = Field(default=None, description="environment variable that holds the bearer token")
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        default=60.0, description="of one request, answer included"
+    )
+    attempts: Annotated[int, Field(ge=1, le=10)] = Field(
+        default=3, description="per request; between two of them the wait doubles, from 1 s on"
+    )
+    batch_size: Positive = Field(default=16, description="rollouts per request")
+    parallel: Positive = Field(default=4, description="requests at once, of each process")
+    max_invalid: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="share of a step's rollouts that may go without a score; above it the run ends"
+    )
+    allow_private: bool = Field(
+        default=False, description="the address may be private, loopback or link-local (http://localhost:8080)"
+    )
+
+
 class PPOStage(StageConfig):
     """PPO with KL control against the frozen reference."""
 
@@ -267,6 +266,7 @@ class PPOStage(StageConfig):
     reference: str | None = Field(default=None, description="frozen reference; default: `model`")
     reward_model: str | None = Field(default=None, description="a sequence classifier with one label")
     scorer: Literal["readability"] | None = Field(default=None, description="a programmatic reward instead of a model")
+    reward_endpoint: RewardEndpointConfig | None = Field(default=None, description="a served reward instead of both")
     prompts: DatasetConfig
     tuning: TuningConfig = TuningConfig()
     sharing: Literal["separate", "lora", "hydra"] = Field(
@@ -331,8 +331,8 @@ class PPOStage(StageConfig):
                 "sampling.engine vllm serves fixed weights, but PPO changes the policy's in every step; "
                 "set engine: native (vllm is for `sample` and `evaluate`)"
             )
-        if (self.reward_model is None) == (self.scorer is None):
-            raise ValueError("exactly one of reward_model and scorer must be set; remove one or set the other")
+        if sum(reward is not None for reward in (self.reward_model, self.scorer, self.reward_endpoint)) != 1:
+            raise ValueError("exactly one of reward_model, scorer and reward_endpoint must be set")
         if self.critic_init == "reward_model" and self.reward_model is None:
             raise ValueError("critic_init: reward_model needs reward_model; set critic_init: policy")
         if self.batch_size % self.minibatches:

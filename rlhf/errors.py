@@ -46,3 +46,7 @@ class StageError(RlhfError):
 
 class InvariantError(RlhfError):
     """A run-time assertion on the algorithm failed: going on would train on wrong numbers."""
+
+
+class RewardError(RlhfError):
+    """Too many rollouts of a step got no score."""

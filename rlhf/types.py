@@ -51,7 +51,8 @@ class Rollout:
     """One sampled response; a row of the rollout buffer.
 
     `tokens`, `action_mask` and `logprobs` have the same length: the prompt and the response, without padding.
-    `logprobs` are those of the sampler, in nats, 0 on tokens that are not actions.
+    `logprobs` are those of the sampler, in nats, 0 on tokens that are not actions. `score` is None before it was
+    scored, and stays so where no score could be had: PPO then leaves the rollout out, a 0 would be a reward.
     """
 
     prompt: Prompt
@@ -147,9 +148,9 @@ class Ranking:
 
 
 class RewardFn(Protocol):
-    """Scores finished rollouts; the only thing PPO knows about rewards."""
+    """Scores finished rollouts, None where it cannot; the only thing PPO knows about rewards."""
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[float]: ...
+    def __call__(self, rollouts: Sequence[Rollout], /) -> Sequence[float | None]: ...
 
 
 class KLController(Protocol):

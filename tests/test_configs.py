@@ -256,7 +256,43 @@ def test_errors_are_in_yaml_s_words(tmp_path: Path) -> None:
     assert "optim: Input should be keys and values (got 3)" in text
     assert "prompts: Input should be keys and values (got 'p.jsonl')" in text
     text = refused(path, "ppo", "scorer=readability")
-    assert "  - exactly one of reward_model and scorer must be set" in text
+    assert "  - exactly one of reward_model, scorer and reward_endpoint must be set" in text
+
+
+def test_a_reward_has_one_source(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", PPO)
+    served = ["critic_init=policy", "reward_endpoint.url=https://rewards.example.org/score"]
+    for further in ([], [*served, "scorer=readability"], [*served, "reward_model=m"]):
+        keys = ["reward_model=null", "critic_init=policy", *further]
+        assert "exactly one of reward_model, scorer and reward_endpoint" in refused(path, "ppo", *keys)
+    cfg = config.load(path, "ppo", ["reward_model=null", *served])
+    assert (cfg.reward_endpoint.max_invalid, cfg.reward_endpoint.allow_private) == (0.1, False)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "rewards", "ftp://x/y", "http://", "http://x:99999", "http://x:a", "http://[::1", "'a b'"]
+)
+@pytest.mark.parametrize("key", ["reward_endpoint.url", "sampling.server"])
+def test_a_server_is_named_by_a_url(tmp_path: Path, key: str, url: str) -> None:
+    path = write(tmp_path / "p.yaml", PPO)
+    text = refused(path, "ppo", f"{key}={url}", "sampling.engine=vllm")
+    assert f"  - {key if 'url' in key else 'sampling'}: " in text
+
+
+def test_secrets_do_not_stand_in_a_configuration(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", PPO)
+    text = refused(path, "ppo", "reward_endpoint.url=http://me:s3cret@x.org/y", "reward_endpoint.token_env=s3-cret=")
+    assert "reward_endpoint.url: the URL holds a user or password" in text
+    assert "reward_endpoint.token_env: no name of an environment variable" in text
+    assert "s3" not in text
+
+
+@pytest.mark.parametrize("setting", ["max_invalid=1", "attempts=0", "timeout_s=0", "batch_size=0", "parallel=0"])
+def test_limits_of_a_served_reward_are_limits(tmp_path: Path, setting: str) -> None:
+    path = write(tmp_path / "p.yaml", PPO)
+    key = f"reward_endpoint.{setting}"
+    text = refused(path, "ppo", "reward_endpoint.url=http://x", key)
+    assert f"  - {key.split('=')[0]}: Input should be " in text
 
 
 @pytest.mark.parametrize(("betas", "at"), [("[2, 0.9]", 0), ("[0.9, 1]", 1), ("[-0.1, 0.9]", 0), ("[0.9, .nan]", 1)])

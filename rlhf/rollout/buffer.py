@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -41,7 +42,7 @@ class RolloutBuffer:
         self.rollouts.extend(rollouts)
 
     def batch(self, device: torch.device | str = "cpu") -> RolloutBatch:
-        """All rollouts as padded tensors; a rollout without a score counts 0.
+        """All rollouts as padded tensors; the score of a rollout without one is NaN.
 
         Raises:
             DataError: the buffer is empty.
@@ -54,7 +55,7 @@ class RolloutBuffer:
             attention_mask_BT=pad_right([[True] * len(r.tokens) for r in rows], False, torch.bool),
             action_mask_BT=pad_right([r.action_mask for r in rows], False, torch.bool),
             sampler_logprobs_BT=pad_right([r.logprobs for r in rows], 0.0, torch.float32),
-            scores_B=torch.tensor([r.score or 0.0 for r in rows]),
+            scores_B=torch.tensor([math.nan if r.score is None else r.score for r in rows]),
             truncated_B=torch.tensor([not r.stop.finished for r in rows]),
         ).to(device)
 

@@ -117,7 +117,7 @@ class PPORun:
         samples; the archive."""
         total = time.perf_counter() - self._began
         epochs, reused = (metrics[f"train/{name}"] / self.cfg.minibatches for name in ("updates", "reused_forwards"))
-        record = self._record(step, total, batch, epochs=epochs, reused=reused)
+        record = self._record(step, total, rollouts, epochs=epochs, reused=reused)
         timing = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         episode = (step + 1) * self.cfg.batch_size * self._runtime.world_size
         self._last = {
@@ -140,9 +140,11 @@ class PPORun:
                 path = Path(self.cfg.run_dir) / "rollouts" / f"step_{step + 1:06d}.parquet"
                 RolloutBuffer(archived).to_parquet(path)
 
-    def _record(self, step: int, total: float, batch: RolloutBatch, *, epochs: float, reused: float) -> StepRecord:
+    def _record(
+        self, step: int, total: float, rollouts: Sequence[Rollout], *, epochs: float, reused: float
+    ) -> StepRecord:
         """Times of this rank, counts of all."""
-        rows = row_lengths(batch)
+        rows = row_lengths(rollouts)
         flops = self._work.flops(rows, epochs=epochs, reused=reused) if self._work else {}
         tokens = [sum(p + s for p, s in rows), sum(s for _, s in rows)]
         counts = torch.tensor([len(rows), *tokens, *flops.values()], dtype=torch.float64)
@@ -211,7 +213,7 @@ def sample_row(rollout: Rollout, kl: float) -> dict[str, Any]:
         "prompt": rollout.prompt,
         "response": rollout.response,
         "score": rollout.score,
-        "kl": kl,
+        "kl": None if rollout.score is None else kl,  # masked out, it has none
         "tokens": len(rollout.response_tokens),
         "stop": rollout.stop.value,
     }

@@ -6,9 +6,9 @@ function and a line in `SCORERS`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from rlhf.types import RewardFn, Rollout
+from rlhf.types import Rollout
 
 WORST_GRADE = 25.0
 """School years. The upper clip of the grade, and the grade of an answer that is no answer."""
@@ -65,4 +65,4 @@ def readability(rollouts: Sequence[Rollout]) -> list[float]:
     return [-grade_answer(rollout.response, finished=rollout.stop.finished) for rollout in rollouts]
 
 
-SCORERS: dict[str, RewardFn] = {"readability": readability}
+SCORERS: dict[str, Callable[[Sequence[Rollout]], list[float]]] = {"readability": readability}

@@ -33,11 +33,13 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Means over the sequences of all ranks; KL and entropy in nats, lengths in tokens.
 
+    Rows without actions, which got no score, count in `objective/invalid_frac` alone.
     `objective/rlhf_reward` is score - coef * KL per sequence, the quantity that RLHF maximises.
     """
     mask_BT = batch.action_mask_BT
     kls = {name: sequence_kl(f(batch.logprobs_BT, batch.ref_logprobs_BT), mask_BT) for name, f in ESTIMATORS.items()}
-    raw_B = torch.tensor([r.score or 0.0 for r in rollouts], device=batch.tokens_BT.device)
+    valid_B = mask_BT.any(1)
+    raw_B = torch.tensor([math.nan if r.score is None else r.score for r in rollouts], device=mask_BT.device)
     sampler_gap_BT = (batch.sampler_logprobs_BT - batch.logprobs_BT).abs() * mask_BT
     per_sequence = {
         "objective/kl": kls["k1"],
@@ -50,13 +52,15 @@ def rollout_metrics(
         "response/eos_frac": torch.tensor([r.stop.finished for r in rollouts], device=mask_BT.device),
     }
     per_token = {"policy/entropy_avg": (batch.entropy_BT * mask_BT).sum(), "val/sampler_gap": sampler_gap_BT.sum()}
-    counts = torch.stack([mask_BT.new_tensor(len(rollouts), dtype=torch.float64), mask_BT.sum().double()])
-    columns = [column.double().sum() for column in per_sequence.values()] + [s.double() for s in per_token.values()]
-    reduced = runtime.sum(torch.cat([counts, torch.stack(columns)])).tolist()
-    sequences, tokens, sums = max(1.0, reduced[0]), max(1.0, reduced[1]), reduced[2:]
+    counts = [valid_B.sum().double(), mask_BT.sum().double(), mask_BT.new_tensor(len(rollouts), dtype=torch.float64)]
+    columns = [torch.where(valid_B, column.double(), 0.0).sum() for column in per_sequence.values()]
+    columns += [s.double() for s in per_token.values()]
+    valid, actions, rows, *sums = runtime.sum(torch.stack([*counts, *columns])).tolist()
+    sequences, tokens = max(1.0, valid), max(1.0, actions)
     means = [s / sequences for s in sums[: len(per_sequence)]] + [s / tokens for s in sums[len(per_sequence) :]]
     named = dict(zip([*per_sequence, *per_token], means, strict=True))
-    named["objective/scores_std"] = _std(raw_B, runtime)
+    named["objective/scores_std"] = _std(raw_B, valid_B, runtime)
+    named["objective/invalid_frac"] = 1 - valid / max(1.0, rows)
     named["objective/kl_coef"] = kl_coef
     named["val/explained_var"] = _explained_variance(batch, runtime)
     return named
@@ -79,10 +83,9 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _std(x_B: Tensor, runtime: Runtime) -> float:
-    count, total, squares = runtime.sum(
-        moments(x_B.float()[None], torch.ones_like(x_B, dtype=torch.bool)[None])
-    ).tolist()
+def _std(x_B: Tensor, valid_B: Tensor, runtime: Runtime) -> float:
+    count, total, squares = runtime.sum(moments(x_B.float(), valid_B)).tolist()
+    count = max(1.0, count)
     return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
 
 

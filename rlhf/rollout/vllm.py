@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.rollout.generate import Completion, GenerationSettings
+from rlhf.rollout.http import JsonServer, Refused, Unanswered, retried
 from rlhf.types import StopReason
 
 _SERVE = "start it with `vllm serve FOLDER --served-model-name {model}`, or correct sampling.server"
@@ -47,8 +45,9 @@ class VllmEngine:
         wait_s: float = 1.0,
     ) -> None:
         self.context = context
-        self._server, self._model = server.rstrip("/"), model
-        self._timeout_s, self._attempts, self._wait_s = timeout_s, attempts, wait_s
+        self._server = JsonServer(server.rstrip("/"), timeout_s, allow_private=True)  # most often on this machine
+        self._model = model
+        self._attempts, self._wait_s = attempts, wait_s
 
     def generate(
         self,
@@ -109,36 +108,24 @@ class VllmEngine:
             raise _malformed("/v1/models gave no list of models", answer) from None
         if self._model not in served:
             raise ConfigError(
-                f"{self._server} serves {', '.join(map(repr, served)) or 'nothing'}, not {self._model!r}",
+                f"{self._server.url} serves {', '.join(map(repr, served)) or 'nothing'}, not {self._model!r}",
                 fix=_SERVE.format(model=self._model),
             )
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
         """GET, or POST of a JSON body; tried again when nobody answers or the server is overloaded."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._server + path, data, {"Content-Type": "application/json"})
-        failure = ""
-        for attempt in range(self._attempts):
-            if attempt:
-                time.sleep(self._wait_s * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self._timeout_s) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                failure = f"status {error.code}: {error.read(2000).decode(errors='replace')}"
-                if error.code < 500 and error.code != 429:
-                    raise ConfigError(
-                        f"{self._server}{path} refused the request ({failure})",
-                        fix="read the server's message; vLLM 0.11 or newer knows all fields of the request",
-                    ) from None
-            except ValueError as error:
-                raise _malformed(f"{path} did not answer with JSON ({error})") from None
-            except OSError as error:  # URLError, timeouts and broken connections among them
-                failure = str(getattr(error, "reason", error))
-        raise ConfigError(
-            f"no answer from {self._server}{path} in {self._attempts} attempts ({failure})",
-            fix=_SERVE.format(model=self._model),
-        )
+        try:
+            return retried(lambda: self._server.send(path, body), attempts=self._attempts, wait_s=self._wait_s)
+        except Refused as refusal:
+            raise ConfigError(
+                f"{self._server.url}{path} refused the request ({refusal})",
+                fix="read the server's message; vLLM 0.11 or newer knows all fields of the request",
+            ) from None
+        except Unanswered as failure:
+            raise ConfigError(
+                f"no answer from {self._server.url}{path} in {self._attempts} attempts ({failure})",
+                fix=_SERVE.format(model=self._model),
+            ) from None
 
 
 def _completions(answer: Any, body: dict[str, Any], settings: GenerationSettings) -> list[Completion]:

@@ -9,7 +9,7 @@ from rlhf.config_schema import PPOStage
 from rlhf.errors import ModelError
 from rlhf.functional.flops import Load, Shape, causal_load, forward_flops, sampling_flops, training_flops
 from rlhf.models.shape import shape_from_config
-from rlhf.types import RolloutBatch
+from rlhf.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,6 @@ class StepWork:
         return forward_flops(shape, load, head_positions=head_positions, layers=layers)
 
 
-def row_lengths(batch: RolloutBatch) -> list[tuple[int, int]]:
-    """(prompt tokens, sampled tokens) of every row."""
-    sampled_B = batch.action_mask_BT.sum(1)
-    prompt_B = batch.attention_mask_BT.sum(1) - sampled_B
-    return list(zip(prompt_B.tolist(), sampled_B.tolist(), strict=True))
+def row_lengths(rollouts: Sequence[Rollout]) -> list[tuple[int, int]]:
+    """(prompt tokens, sampled tokens) of every row, those without a score too."""
+    return [(r.action_mask.count(False), r.action_mask.count(True)) for r in rollouts]

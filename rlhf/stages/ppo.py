@@ -21,11 +21,7 @@ from reward_model.model import RewardModel
 from rlhf.config_schema import PPOStage
 from rlhf.data.order import generator_for, positions_of_step, row_at, seed_of
 from rlhf.data.records import read_prompts
-from rlhf.data.templates import (
-    TokenizedPrompt,
-    check_prompt_lengths,
-    show_prompts,
-)
+from rlhf.data.templates import TokenizedPrompt, check_prompt_lengths, show_prompts
 from rlhf.errors import InvariantError
 from rlhf.functional.advantages import clip_scores, gae, penalised_rewards
 from rlhf.functional.kl import k1
@@ -38,6 +34,7 @@ from rlhf.resume import Resume
 from rlhf.rollout.assertions import assert_common_start, assert_first_ratio
 from rlhf.rollout.buffer import RolloutBuffer, cut_into, micro_batch_rows, minibatch_rows
 from rlhf.rollout.collect import collect, missing_eos_penalty, settings_from
+from rlhf.rollout.endpoint import RewardEndpoint
 from rlhf.rollout.engines import engine_for
 from rlhf.rollout.ppo_run import PPORun
 from rlhf.rollout.ptx import add_ptx_gradients, load_ptx, ptx_texts
@@ -87,7 +84,7 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
             with run.phase("score"):
                 # 2. Scores; then old and reference logprobs, and values.
                 batch = score_rollouts(rollouts, reward_fn, cfg, runtime)
-                epochs = plan_epochs(step, cfg, runtime)
+                epochs = plan_epochs(len(batch), step, cfg, runtime)
                 learner = Learner(actor_critic, optimizer, cfg, runtime, step, kl_control.coef)
                 kept = evaluate_rollouts(learner, batch, epochs[0], roles.reference)
             if step == 0:
@@ -115,7 +112,9 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
 
 
 def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
-    """The reward model, or a programmatic scorer."""
+    """The reward model, a programmatic scorer, or a served reward."""
+    if cfg.reward_endpoint is not None:
+        return RewardEndpoint(cfg.reward_endpoint, runtime)
     if cfg.reward_model is None:
         assert cfg.scorer is not None, "config_schema.PPOStage checks this"
         return SCORERS[cfg.scorer]
@@ -164,26 +163,28 @@ def sample_rollouts(
 
 
 def score_rollouts(rollouts: Sequence[Rollout], reward_fn: RewardFn, cfg: PPOStage, runtime: Runtime) -> RolloutBatch:
-    """Write the raw score into every rollout, and make the batch."""
+    """Write the raw score into every rollout, None where none could be had, and make the batch."""
     for rollout, score in zip(rollouts, reward_fn(rollouts), strict=True):
         rollout.score = score
     return make_batch(rollouts, cfg, runtime)
 
 
 def make_batch(rollouts: Sequence[Rollout], cfg: PPOStage, runtime: Runtime) -> RolloutBatch:
-    """Padded tensors; scores clipped, then penalised where the answer has no EOS."""
+    """Padded tensors; scores clipped, then penalised where the answer has no EOS. Rows without a score have no actions,
+    and so no part in any reward, advantage, loss or mean."""
     batch = RolloutBuffer(rollouts).batch(runtime.device)
+    batch.action_mask_BT &= torch.tensor([[r.score is not None] for r in rollouts], device=runtime.device)
     scores_B = batch.scores_B if cfg.score_clip is None else clip_scores(batch.scores_B, cfg.score_clip)
     penalised = missing_eos_penalty(scores_B.tolist(), rollouts, cfg.missing_eos)
     batch.scores_B = torch.tensor(penalised, device=runtime.device)
     return batch
 
 
-def plan_epochs(step: int, cfg: PPOStage, runtime: Runtime) -> list[list[Tensor]]:
+def plan_epochs(rows: int, step: int, cfg: PPOStage, runtime: Runtime) -> list[list[Tensor]]:
     """Rows of every optimizer step: `epochs` lists of `minibatches` index tensors, each epoch freshly chosen."""
     generator = generator_for(cfg.seed, "epochs", step)
     ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
-    return [minibatch_rows(cfg.batch_size, cfg.minibatches, generator, **ranks) for _ in range(cfg.epochs)]
+    return [minibatch_rows(rows, cfg.minibatches, generator, **ranks) for _ in range(cfg.epochs)]
 
 
 def evaluate_rollouts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -346,6 +347,42 @@ def test_without_network_online_becomes_offline(tmp_path: Path, monkeypatch: pyt
     assert "W&B offline; online: TimeoutError: no answer after 20 s; upload with" in said[0]
     assert run.rows == [{"step": 0, "reward": 1.0}]
     tracker.close()
+
+
+TRACKED = """
+import sys
+from pathlib import Path
+from rlhf.config_schema import TrackingConfig
+from rlhf.tracking import Tracker
+with Tracker.open(Path(sys.argv[1]), TrackingConfig(), stage="ppo", config={}) as tracker:
+    for step in range(20):
+        tracker.log(step, {"reward": step / 3})
+        tracker.samples(step, [{"prompt": "p", "response": "r", "score": 1.0}])
+    tracker.summary({"reward": 1.0})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("listens", "reason"), [(False, "connection refused"), (True, "Timed out initializing run")])
+def test_a_server_that_cannot_be_reached_or_is_silent(tmp_path: Path, listens: bool, reason: str) -> None:
+    """W&B itself, logged in: it is asked once at the start, with a limit, and the run goes on offline."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()  # connections are taken up, nothing is ever answered
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "WANDB_API_KEY": "0" * 40,
+            "HOME": str(tmp_path),
+        }
+        command = [sys.executable, "-c", TRACKED, str(tmp_path / "run")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 1
+    assert "W&B offline; online: CommError" in said[0]
+    assert reason in said[0]
+    assert rows(tmp_path / "run" / "metrics.jsonl") == [{"step": i, "reward": i / 3} for i in range(20)]
+    assert [row["reward"] for row in wandb_history(tmp_path / "run") if "reward" in row] == [i / 3 for i in range(20)]
 
 
 @pytest.mark.parametrize("source", ["settings", "netrc", "nothing"])

@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from rlhf.functional.flops import Load, causal_load, forward_flops
 from rlhf.models.shape import shape_from_config
 from rlhf.rollout.work import StepWork, row_lengths
-from rlhf.types import RolloutBatch
+from rlhf.types import Rollout, StopReason
 
 ROWS = [(5, 3), (2, 7)]
 SCORER = {"reward_model": None, "scorer": "readability", "critic_init": "policy"}
@@ -128,9 +127,7 @@ def test_each_role_counts_the_layers_above_its_own_beginning(stage_config: Any, 
     assert flops["update"] - work.flops(ROWS, epochs=2, reused=1.0)["update"] == first
 
 
-def test_padding_is_no_row_length() -> None:
-    attention = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
-    actions = torch.tensor([[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]).bool()
-    nothing = torch.zeros(2)
-    batch = RolloutBatch(attention.long(), attention, actions, nothing, nothing.bool(), attention.float())
-    assert row_lengths(batch) == [(3, 1), (1, 1)]
+def test_a_row_counts_what_was_read_and_sampled_whether_it_was_scored_or_not() -> None:
+    actions = ([False, True, False, True], [False, False, True])
+    rows = [Rollout("p", "r", [1] * len(a), list(a), [0.0] * len(a), StopReason.EOS, score=None) for a in actions]
+    assert row_lengths(rows) == [(2, 2), (2, 1)]
