@@ -254,6 +254,18 @@ class MissingEOSConfig(Strict):
     value: float = Field(default=-1.0, description="for `set`, below nearly all scores of finished answers")
 
 
+GUARDS = "kl_high|kl_negative|entropy|distinct|duplicates|eos|length|length_reward|critic|clip|sampler|gold"
+
+
+class GuardsConfig(Strict):
+    """What watches a PPO run and says, in words and in health.json, when something goes wrong (`eval/guards.py`)."""
+
+    on_alarm: Literal["warn", "stop"] = Field(default="warn", description="stop: after a checkpoint")
+    patience: Positive = Field(default=3, description="steps in a row that begin an alarm, and that end it")
+    ignore: list[Annotated[str, Field(pattern=f"^({GUARDS})$")]] = Field(default=[], description="not asked")
+    gold_scorer: Literal["readability"] | None = Field(default=None, description="of every step; trains nothing")
+
+
 class PPOStage(StageConfig):
     """PPO with KL control against the frozen reference."""
 
@@ -314,6 +326,7 @@ class PPOStage(StageConfig):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     samples_per_step: Annotated[int, Field(ge=0)] = Field(default=4, description="rollouts written to samples.jsonl")
     archive_rollouts: bool = Field(default=False, description="keep every step's rollouts as Parquet")
+    guards: GuardsConfig = GuardsConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> PPOStage:

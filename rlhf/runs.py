@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # rlhf.types imports torch, which the command line does witho
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
 
 FREE_TO_CHANGE = frozenset(
-    {"run_dir", "tracking", "save_every", "keep_checkpoints", "samples_per_step", "archive_rollouts"}
+    {"run_dir", "tracking", "save_every", "keep_checkpoints", "samples_per_step", "archive_rollouts", "guards"}
 )
 """Keys that change nothing that is learned: they may differ on a resume, and make no finished stage run again."""
 

@@ -19,6 +19,7 @@ from rlhf.models.tuning import load_trainable, trainable_tensors
 from rlhf.progress import Progress
 from rlhf.rollout.buffer import RolloutBuffer
 from rlhf.rollout.profile import StepProfile, StepRecord, table
+from rlhf.rollout.watch import Watch
 from rlhf.rollout.work import StepWork, row_lengths
 from rlhf.runs import RunOptions, digests, learned_fingerprint, named_data, named_models
 from rlhf.runtime import Runtime
@@ -36,6 +37,7 @@ class PPORun:
         progress: Progress,
         tracker: Tracker,
         saver: Saver,
+        watch: Watch,
         work: StepWork | None,
         *,
         profiled: bool = False,
@@ -46,8 +48,9 @@ class PPORun:
         self._runtime = runtime
         self._tracker = tracker
         self._saver = saver
+        self._watch = watch
         self._seconds: dict[str, float] = {}
-        self._last: dict[str, float] = {}
+        self._last = watch.last
         self._work = work
         self._profile: StepProfile | None = None
         if profiled:
@@ -94,7 +97,9 @@ class PPORun:
                 resume_step=saver.first_step or None,
                 say=progress.say,
             ) as tracker:
-                yield cls(cfg, runtime, progress, tracker, saver, work, profiled=options.profile)
+                watch = Watch(cfg, runtime, progress, tracker.history())
+                with watch.assertions():
+                    yield cls(cfg, runtime, progress, tracker, saver, watch, work, profiled=options.profile)
 
     def steps(self) -> Iterator[int]:
         """0-based steps that are still to be done."""
@@ -132,6 +137,7 @@ class PPORun:
             "episode": float(episode),
         }
         self._tracker.log(step + 1, self._last)
+        self._watch.step(step + 1, self._last)
         kl_B = sequence_kl(k1(batch.logprobs_BT, batch.ref_logprobs_BT), batch.action_mask_BT).tolist()
         self._tracker.samples(
             step + 1,
@@ -164,9 +170,17 @@ class PPORun:
         return record
 
     def save_if_due(self, step: int) -> None:
-        """A checkpoint every `save_every` steps; the last step needs none, `finish` writes the models."""
-        if self.cfg.save_every and (step + 1) % self.cfg.save_every == 0 and step + 1 < self.cfg.steps:
+        """A checkpoint every `save_every` steps; the last step needs none, `finish` writes the models.
+
+        Raises:
+            GuardError: an alarm began and is to stop the run; that has left a checkpoint, whatever step it is.
+        """
+        alarm = self._watch.stopping()
+        is_due = self.cfg.save_every and (step + 1) % self.cfg.save_every == 0 and step + 1 < self.cfg.steps
+        if is_due or (alarm and self.cfg.save_every):
             self._saver.save(step + 1)
+        if alarm:
+            raise alarm
 
     def finish(self, roles: Roles) -> RunResult:
         """Write `final/` and `critic/`, and the profile if there is one; the summary is the last step's metrics."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlhf.eval.diversity import distinct_n, duplicate_share
 from rlhf.functional.kl import ESTIMATORS, sequence_kl
 from rlhf.functional.losses import explained_variance_from_moments
 from rlhf.functional.masked import moments
@@ -33,7 +34,8 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Means over the sequences of all ranks; KL and entropy in nats, lengths in tokens.
 
-    `objective/rlhf_reward` is score - coef * KL per sequence, the quantity that RLHF maximises.
+    `objective/rlhf_reward` is score - coef * KL per sequence, the quantity that RLHF maximises. `response/distinct_n`
+    are shares of all n-grams of words, `response/duplicate_frac` the share of answers that repeat another one.
     """
     mask_BT = batch.action_mask_BT
     kls = {name: sequence_kl(f(batch.logprobs_BT, batch.ref_logprobs_BT), mask_BT) for name, f in ESTIMATORS.items()}
@@ -49,6 +51,8 @@ def rollout_metrics(
         "response/length_mean": mask_BT.sum(1),
         "response/eos_frac": torch.tensor([r.stop.finished for r in rollouts], device=mask_BT.device),
     }
+    if all(r.gold_score is not None for r in rollouts):
+        per_sequence["objective/gold"] = torch.tensor([r.gold_score for r in rollouts], device=mask_BT.device)
     per_token = {"policy/entropy_avg": (batch.entropy_BT * mask_BT).sum(), "val/sampler_gap": sampler_gap_BT.sum()}
     counts = torch.stack([mask_BT.new_tensor(len(rollouts), dtype=torch.float64), mask_BT.sum().double()])
     columns = [column.double().sum() for column in per_sequence.values()] + [s.double() for s in per_token.values()]
@@ -58,6 +62,8 @@ def rollout_metrics(
     named = dict(zip([*per_sequence, *per_token], means, strict=True))
     named["objective/scores_std"] = _std(raw_B, runtime)
     named["objective/kl_coef"] = kl_coef
+    named["response/score_length_corr"] = _correlation(raw_B, mask_BT.sum(1), runtime)
+    named |= _diversity(rollouts, runtime)
     named["val/explained_var"] = _explained_variance(batch, runtime)
     return named
 
@@ -84,6 +90,22 @@ def _std(x_B: Tensor, runtime: Runtime) -> float:
         moments(x_B.float()[None], torch.ones_like(x_B, dtype=torch.bool)[None])
     ).tolist()
     return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+
+
+def _correlation(x_B: Tensor, y_B: Tensor, runtime: Runtime) -> float:
+    """Pearson's; 0 where one of the two is constant."""
+    x_B, y_B = x_B.double(), y_B.double()
+    sums = torch.stack([torch.ones_like(x_B), x_B, y_B, x_B * x_B, y_B * y_B, x_B * y_B]).sum(1)
+    count, x, y, xx, yy, xy = runtime.sum(sums).tolist()
+    spread = math.sqrt(max(0.0, count * xx - x * x) * max(0.0, count * yy - y * y))
+    return (count * xy - x * y) / spread if spread > 1e-9 * count else 0.0
+
+
+def _diversity(rollouts: Sequence[Rollout], runtime: Runtime) -> dict[str, float]:
+    """Over the answers of all ranks together: shares of unique n-grams do not add up."""
+    texts = runtime.gather_objects([r.response for r in rollouts])
+    shares = {f"response/distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
+    return {**shares, "response/duplicate_frac": duplicate_share(texts)}
 
 
 def _explained_variance(batch: RolloutBatch, runtime: Runtime) -> float:

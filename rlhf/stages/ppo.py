@@ -40,7 +40,7 @@ from rlhf.rollout.collect import collect, missing_eos_penalty, settings_from
 from rlhf.rollout.engines import engine_for
 from rlhf.rollout.ppo_run import PPORun
 from rlhf.rollout.ptx import load_ptx, ptx_loss, ptx_texts
-from rlhf.rollout.scorers import SCORERS
+from rlhf.rollout.scorers import SCORERS, write_gold_scores
 from rlhf.rollout.statistics import step_metrics
 from rlhf.rollout.work import StepWork
 from rlhf.runs import RunOptions
@@ -174,9 +174,10 @@ def sample_rollouts(
 
 
 def score_rollouts(rollouts: Sequence[Rollout], reward_fn: RewardFn, cfg: PPOStage, runtime: Runtime) -> RolloutBatch:
-    """Write the raw score into every rollout, and make the batch."""
+    """Write the raw score, and the gold score if there is one, into every rollout, and make the batch."""
     for rollout, score in zip(rollouts, reward_fn(rollouts), strict=True):
         rollout.score = score
+    write_gold_scores(rollouts, cfg.guards.gold_scorer)
     return make_batch(rollouts, cfg, runtime)
 
 
