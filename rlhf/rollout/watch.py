@@ -109,5 +109,5 @@ class Watch:
         self._progress.footer(self.line(), alarm=bool(self._alarms()))
 
     def _write(self, status: str, step: int, notes: list[Note]) -> None:
-        record = {"status": status, "step": step, "notes": [{**asdict(n), "heading": n.heading} for n in notes]}
+        record = {"status": status, "step": step, "notes": [asdict(note) for note in notes]}
         atomic_write(self._path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -359,6 +359,41 @@ def test_a_healthy_run_passes_every_check_and_one_noisy_batch_is_no_alarm(full_r
     assert alarms(full_run) == []
 
 
+def guard_note(name: str, **changes) -> dict:
+    words = {"title": f"{name} fine", "alarm": f"{name} alarm", "cause": "Why.", "next_step": "Lower `optim.lr`."}
+    return {"name": name, "ok": True, "measured": "It is 1", "since": None, "earlier": [], **words, **changes}
+
+
+def test_what_the_guards_said_stands_in_the_report_and_metrics_are_not_judged_again(full_run):
+    write_lines(Path(full_run.ppo_dir) / "metrics.jsonl", [ppo_row(i, **{"objective/kl": -9}) for i in range(1, 41)])
+    notes = [guard_note("sampler", ok=False, since=12, earlier=[[3, 7]]), guard_note("duplicates", earlier=[[5, 9]])]
+    write_json(Path(full_run.ppo_dir) / "health.json", {"status": "alarm", "step": 40, "notes": notes})
+    assert alarms(full_run) == ["sampler alarm"]
+    assert build_summary(full_run)["warnings"] == ["sampler alarm"]
+    page = Page(render_report(full_run)).text
+    assert "It is 1. Since step 12. An alarm from step 3 to 7 is over. Likely cause. Why." in page
+    assert "duplicates fine It is 1. An alarm from step 5 to 9 is over." in page
+
+
+def test_of_a_guard_and_a_check_with_one_name_the_alarm_stands_else_the_check(full_run):
+    for in_run, held_out, expected in [(True, 0.95, "95%"), (False, 0.95, "It is 1"), (False, 0.5, "50%")]:
+        record = evaluation()
+        record["policies"]["ppo"]["eos_frac"] = held_out
+        write_json(Path(full_run.evaluate_dir) / "evaluation.json", record)
+        notes = [guard_note("eos", ok=in_run, since=None if in_run else 3)]
+        write_json(Path(full_run.ppo_dir) / "health.json", {"status": "ok", "step": 40, "notes": notes})
+        (note,) = [note for note in health_notes(read_run(full_run)) if note.name == "eos"]
+        assert note.measured.startswith(expected)
+        assert note.ok == (in_run and held_out > 0.9)
+
+
+@pytest.mark.parametrize("record", [{}, {"notes": 3}, {"notes": [{"name": "eos"}]}, {"notes": [["eos"]]}])
+def test_a_malformed_health_file_is_named(full_run, record):
+    write_json(Path(full_run.ppo_dir) / "health.json", record)
+    with pytest.raises(DataError, match=r"health\.json is malformed"):
+        render_report(full_run)
+
+
 def test_fixed_kl_has_no_target(full_run):
     (Path(full_run.ppo_dir) / "config.yaml").write_text("kl: {kind: fixed, target: 6.0}\n", encoding="utf-8")
     run = read_run(full_run)

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from rlhf.errors import GuardError, InvariantError
+from rlhf.eval.notes import Note
 from rlhf.progress import Progress
 from rlhf.rollout.watch import Watch
 
@@ -66,9 +67,10 @@ def test_health_json_holds_every_note_with_cause_and_next_step(watching: Any, he
         ("kl_negative", True, None),
     ]
     note = found["notes"][0]
-    assert (note["heading"], note["measured"]) == ("Many answers are cut off", "50% of the answers end by themselves")
+    assert (note["alarm"], note["measured"]) == ("Many answers are cut off", "50% of the answers end by themselves")
     assert note["cause"].startswith("The answer limit is too short")
     assert "`sampling.max_new_tokens`" in note["next_step"]
+    assert [Note.from_json(n).ok for n in found["notes"]] == [False, True, True], "as the report reads it"
 
 
 def test_several_alarms_are_one_line(watching: Any, tmp_path: Path) -> None:
