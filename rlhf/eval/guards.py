@@ -173,9 +173,6 @@ def _gold(rows: Sequence[Row], limits: Limits) -> Reading | None:
         f"In {len(recent)} steps the score changed by {number(up * len(recent))} and the gold score by "
         f"{number(slope * len(recent))}"
     )
-    peak = predicted_peak_kl(rows)
-    if peak is not None:
-        text += f"; the law of Gao et al. fitted to all steps puts the peak of the gold score at a KL of {number(peak)}"
     return Reading(up > 0 and slope < 0 and -slope > GOLD_ERRORS * error, text)
 
 
@@ -272,11 +269,14 @@ class Guards:
 
     def _note(self, name: str) -> Note:
         state = self._states[name]
+        # Not in `_gold`: it reads all steps, which is too slow for every step of a history.
+        peak = predicted_peak_kl(self.rows) if name == "gold" else None
+        told = "" if peak is None else f"; by the law of Gao et al. gold peaks at a KL of {number(peak)}"
         return Note.of(
             name,
             WORDS[name],
             ok=state.since is None,
-            measured=state.measured,
+            measured=state.measured + told,
             since=state.since,
             earlier=tuple(state.earlier),
         )

@@ -43,6 +43,7 @@ class Watch:
         self._stops = cfg.guards.on_alarm == "stop"
         self._keeps = cfg.save_every > 0
         self._guards = Guards(Limits.of(cfg.model_dump(mode="json")), history)
+        self._notes = self._guards.notes()
         self._begun: list[Note] = []
         if self._guards.rows:
             self._show()
@@ -59,14 +60,14 @@ class Watch:
         if not self._runtime.is_main:
             return
         changed = self._guards.add({"step": step, **metrics})
+        self._notes = self._guards.notes()
         self._begun = [note for note in changed if not note.ok]
         for note in changed:
-            told = f"{note.title} again (step {step})" if note.ok else note.line
+            told = f"over at step {step}: {note.alarm}" if note.ok else note.line
             self._progress.say(f"health: {told}")
         self._show()
-        alarms = self._alarms()
-        status = "stopped" if self._stops and self._begun else "alarm" if alarms else "ok"
-        self._write(status, step, self._guards.notes())
+        status = "stopped" if self._stops and self._begun else "alarm" if self._alarms() else "ok"
+        self._write(status, step, self._notes)
 
     def stopping(self) -> GuardError | None:
         """The error with which the run is to end after this step, the same on every rank; None: go on."""
@@ -91,7 +92,7 @@ class Watch:
                 step = rows[-1]["step"] + 1 if rows else 1
                 words = replace(_ASSERTION, next_step=error.fix)
                 note = Note.of("assertion", words, ok=False, measured=error.message, since=step)
-                self._write("stopped", step, [note, *self._guards.notes()])
+                self._write("stopped", step, [note, *self._notes])
             raise
 
     def line(self) -> str:
@@ -103,7 +104,7 @@ class Watch:
         return f"health: {alarms[0].line}{others}"
 
     def _alarms(self) -> list[Note]:
-        return [note for note in self._guards.notes() if not note.ok]
+        return [note for note in self._notes if not note.ok]
 
     def _show(self) -> None:
         self._progress.footer(self.line(), alarm=bool(self._alarms()))

@@ -51,7 +51,7 @@ def test_an_alarm_is_said_when_it_begins_and_when_it_ends(watching: Any, health:
         "health: 50% of the answers end by themselves since step 2 - raise sampling.max_new_tokens, or let cut answers "
         "cost more (missing_eos.value)"
     )
-    assert said == [*[""] * 3, f"{alarm}\n", *[""] * 4, "health: Answers end by themselves again (step 9)\n", ""]
+    assert said == [*[""] * 3, f"{alarm}\n", *[""] * 4, "health: over at step 9: Many answers are cut off\n", ""]
     assert lines == [*["health: ok"] * 3, *[alarm] * 5, *["health: ok"] * 2]
     assert states == [*["ok"] * 3, *["alarm"] * 5, *["ok"] * 2]
 
