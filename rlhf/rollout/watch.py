@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,6 @@ from rlhf.runtime import Runtime
 from rlhf.tracking import METRICS
 
 HEALTH = "health.json"
-_ASSERTION = Words(
-    title="",
-    alarm="A run-time assertion failed",
-    cause="Going on would train on wrong numbers.",
-    next_step="",
-)
 
 
 class Watch:
@@ -76,6 +70,8 @@ class Watch:
         begun = self._runtime.gather_objects(self._begun)
         if not begun:
             return None
+        # Said here, too: with several processes the launcher may end this one before it can show the error.
+        self._progress.say(f"health: the run stops, as guards.on_alarm says; see {self._path}")
         found = [f"{note.name}: {note.measured} since step {note.since}. {plain(note.cause)}" for note in begun]
         resume = " The same command goes on from the checkpoint." if self._keeps else ""
         steps = dict.fromkeys(plain(note.next_step) for note in begun)
@@ -90,7 +86,8 @@ class Watch:
             rows = self._guards.rows
             if self._runtime.is_main and (rows or not (self._path.parent / METRICS).exists()):
                 step = rows[-1]["step"] + 1 if rows else 1
-                words = replace(_ASSERTION, next_step=error.fix)
+                cause = "Going on would train on wrong numbers."
+                words = Words("Assertions hold", "A run-time assertion failed", cause, error.fix)
                 note = Note.of("assertion", words, ok=False, measured=error.message, since=step)
                 self._write("stopped", step, [note, *self._notes])
             raise
