@@ -26,7 +26,8 @@ def watching(stage_config: Any, runtime: Any, tmp_path: Path) -> Callable[..., t
     def make(history: Any = (), *, save_every: int = 10, **guards: Any) -> tuple[Watch, io.StringIO]:
         (tmp_path / "ppo").mkdir(exist_ok=True)
         out = io.StringIO()
-        progress = Progress("ppo", console=Console(file=out, width=400, _environ={}))
+        console = Console(file=out, width=400, _environ={})
+        progress = Progress("ppo", enabled=runtime.is_main, console=console)
         cfg = stage_config("ppo", save_every=save_every, guards=guards)
         return Watch(cfg, runtime, progress, history), out
 
