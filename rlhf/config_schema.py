@@ -260,10 +260,10 @@ GUARDS = "kl_high|kl_negative|entropy|distinct|duplicates|eos|length|length_rewa
 class GuardsConfig(Strict):
     """What watches a PPO run and says, in words and in health.json, when something goes wrong (`eval/guards.py`)."""
 
-    on_alarm: Literal["warn", "stop"] = Field(default="warn", description="stop: after a checkpoint")
+    on_alarm: Literal["warn", "stop"] = Field(default="warn", description="stop ends the run, after a checkpoint")
     patience: Positive = Field(default=3, description="steps in a row that begin an alarm, and that end it")
-    ignore: list[Annotated[str, Field(pattern=f"^({GUARDS})$")]] = Field(default=[], description="not asked")
-    gold_scorer: Literal["readability"] | None = Field(default=None, description="of every step; trains nothing")
+    ignore: list[Annotated[str, Field(pattern=f"^({GUARDS})$")]] = Field(default=[], description="guards to leave out")
+    gold_scorer: Literal["readability"] | None = Field(default=None, description="logged each step, not trained on")
 
 
 class PPOStage(StageConfig):

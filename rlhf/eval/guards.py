@@ -197,10 +197,10 @@ def predicted_peak_kl(rows: Sequence[Row]) -> float | None:
 
     The gain is over the first step, whose policy is the one that PPO started from.
     """
-    points = _values(rows, "objective/kl", "objective/gold")
-    if not points:
+    start = finite(rows[0].get("objective/gold")) if rows else None
+    if start is None:
         return None
-    start = points[0][1]
+    points = _values(rows, "objective/kl", "objective/gold")
     fitted = fit_overoptimization([(math.sqrt(kl), gold - start) for kl, gold in points if kl > 0])
     peak = None if fitted is None else overoptimization_peak(*fitted)
     return None if peak is None else peak**2

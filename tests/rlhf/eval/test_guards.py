@@ -168,6 +168,8 @@ def test_the_predicted_peak_is_a_kl_and_is_told() -> None:
     assert "at a KL of 7.39" in note.measured
     assert not note.ok
     assert predicted_peak_kl(rows[:1]) is predicted_peak_kl([]) is None
+    rows[0]["objective/gold"] = None
+    assert predicted_peak_kl(rows) is None, "scored from a later step on: the gain is not known"
 
 
 def test_lines_by_hand() -> None:
