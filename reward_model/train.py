@@ -154,7 +154,7 @@ def fit(
         metrics = train_step(module, optimizer, [train[i] for i in rows], cfg, runtime, share_prompts=share_prompts)
         tracker.log(step + 1, {**metrics, "lr": lr})
         progress.advance(1, loss=metrics["loss/train"], accuracy=metrics["train/accuracy"])
-        resume.save_if_due(step, total, dict)
+        resume.save_if_due(step, total)
     resume.finish()
     runtime.make_whole(scalar, everywhere=True)
 

@@ -44,6 +44,10 @@ class StageError(RlhfError):
     """A pipeline stage failed; its own error was printed before."""
 
 
+class GuardError(RlhfError):
+    """A guard raised an alarm, and the configuration says that alarms stop the run."""
+
+
 class InvariantError(RlhfError):
     """A run-time assertion on the algorithm failed: going on would train on wrong numbers."""
 

@@ -107,6 +107,7 @@ class Progress:
         self._outer: Phase | None = None
         self._inner: Phase | None = None
         self._live: Live | None = None
+        self._footer: Text | None = None
         self._last_line = clock()
         self._last_text = ""
 
@@ -166,6 +167,10 @@ class Progress:
         if self._enabled:
             self._console.print(Text(text), soft_wrap=True)
 
+    def footer(self, text: str, *, alarm: bool) -> None:
+        """A line that stays under the live display until the next one; plain lines do not show it."""
+        self._footer = Text(text, "bold yellow" if alarm else "green")
+
     def _changed(self) -> None:
         if self._enabled and self._live is None and self.clock() - self._last_line >= LINE_INTERVAL_S:
             self._print_line()
@@ -210,6 +215,8 @@ class Progress:
         rows: list[RenderableType] = [table]
         if fields := "  ".join(_fields(phase) for phase in phases if phase.fields):
             rows.append(Padding(Text(fields, "magenta"), (0, 0, 0, 2)))
+        if self._footer:
+            rows.append(Padding(self._footer, (0, 0, 0, 2)))
         return Group(*rows)
 
 

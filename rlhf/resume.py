@@ -32,6 +32,7 @@ class Resume:
     def __init__(self, cfg: Any, runtime: Runtime, store: Checkpoints, found: Checkpoint | None) -> None:
         self._cfg, self._runtime, self._store, self._found = cfg, runtime, store, found
         self._train_state: TrainState | None = None
+        self._state_now: Callable[[], dict[str, Any]] = dict
         self.first_step = found.step if found else 0
         self.state: dict[str, Any] = found.state if found else {}
 
@@ -80,22 +81,23 @@ class Resume:
                 if parameter.requires_grad:
                     parameter.copy_(files.part(name, 0, parameter.numel()).view_as(parameter))
 
-    def attach(self, module: Any, optimizer: Any) -> None:
+    def attach(self, module: Any, optimizer: Any, *, state: Callable[[], dict[str, Any]] = dict) -> None:
         """Moments of the checkpoint, if there is one, into the optimizer; both are saved from now on.
 
         Args:
             module: unwrapped.
             optimizer: as `Runtime.prepare` gave it.
+            state: gives what the stage needs besides; JSON types with text keys. It is found in `Resume.state` again.
         """
+        self._state_now = state
         self._train_state = self._runtime.train_state(module, optimizer)
         if self._found is not None:
             self._train_state.load_moments(self._found.tensors("optimizer"))
 
-    def save(self, step: int, state: dict[str, Any], *, in_background: bool = False) -> None:
+    def save(self, step: int, *, in_background: bool = False) -> None:
         """The checkpoint after `step` steps; all ranks call it.
 
         Args:
-            state: what the stage needs besides; JSON types with text keys.
             in_background: it is there after a later `save_if_due`, or `finish`.
 
         Raises:
@@ -103,9 +105,9 @@ class Resume:
         """
         assert self._train_state is not None, "attach comes first"
         tensors = {"trainable": self._train_state.weights(), "optimizer": self._train_state.moments()}
-        self._store.save(step, tensors, state, self._meta(), in_background=in_background)
+        self._store.save(step, tensors, self._state_now(), self._meta(), in_background=in_background)
 
-    def save_if_due(self, step: int, total: int, state: Callable[[], dict[str, Any]]) -> None:
+    def save_if_due(self, step: int, total: int) -> None:
         """After 0-based `step`: a checkpoint every `save_every` steps, and when the run is asked to end, which it does.
 
         After the last of `total` steps there is none: the finished model is written anyway.
@@ -115,19 +117,19 @@ class Resume:
         """
         every = self._cfg.save_every
         if self._runtime.is_asked_to_end():
-            self.save_and_end(step + 1, state())
+            self.save_and_end(step + 1)
         self._store.commit_if_written()
         if every and (step + 1) % every == 0 and step + 1 < total:
-            self.save(step + 1, state(), in_background=self._cfg.save_in_background)
+            self.save(step + 1, in_background=self._cfg.save_in_background)
 
     def finish(self) -> None:
         """Wait for a checkpoint that is still being written."""
         self._store.commit_if_written(wait=True)
 
-    def save_and_end(self, step: int, state: dict[str, Any]) -> None:
+    def save_and_end(self, step: int) -> None:
         """The checkpoint after `step` steps, unless it is there, and the end of the process."""
         if step > self.first_step:
-            self.save(step, state)
+            self.save(step)
         if self._runtime.is_main:
             print(f"ended by SIGTERM after step {step}; run the same command again to go on", flush=True)
         raise SystemExit(TERMINATED)

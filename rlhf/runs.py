@@ -28,6 +28,7 @@ CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
 FREE_TO_CHANGE = frozenset(
     {
         *("run_dir", "tracking", "save_every", "keep_checkpoints", "save_in_background", "samples_per_step"),
+        "guards",
         *("archive_rollouts", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing"),
     }
 )

@@ -85,6 +85,10 @@ class Tracker:
             tracker._run.replay(_rows(folder / METRICS))
         return tracker
 
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that this run goes on from; none on a fresh start."""
+        return [] if not self._enabled or METRICS in self._stale else list(_rows(self.run_dir / METRICS))
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line of metrics.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class RunFiles:
     environment: dict[str, Any]
     labels: dict[str, Any] | None
     ppo_config: dict[str, Any]
+    ppo_health: dict[str, Any] | None
     candidate: str
     baseline: str
 
@@ -44,12 +46,18 @@ class RunFiles:
 
     @property
     def kl_target(self) -> float | None:
-        """Nats per answer; None when PPO ran with a fixed coefficient, which aims at no KL."""
-        kl = self.ppo_config.get("kl") or {}
-        return finite(kl.get("target")) if kl.get("kind", "adaptive") == "adaptive" else None
+        return kl_target_of(self.ppo_config)
 
     def series(self, stage: str, name: str) -> list[Point]:
         return self.metrics.get(stage, Metrics()).series.get(name, [])
+
+    def rows(self, stage: str) -> list[dict[str, float]]:
+        """The finite metrics of each step, with `step`, in order."""
+        by_step: dict[float, dict[str, float]] = {}
+        for name, points in self.metrics.get(stage, Metrics()).series.items():
+            for step, value in points:
+                by_step.setdefault(step, {"step": int(step)})[name] = value
+        return [by_step[step] for step in sorted(by_step)]
 
 
 def finite(value: Any) -> float | None:
@@ -57,6 +65,12 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def kl_target_of(config: Mapping[str, Any]) -> float | None:
+    """Of a PPO configuration, in nats per answer; None with a fixed coefficient, which aims at no KL."""
+    kl = config.get("kl") or {}
+    return finite(kl.get("target")) if kl.get("kind", "adaptive") == "adaptive" else None
 
 
 def display_name(policy: str) -> str:
@@ -84,6 +98,7 @@ def read_run(cfg: ReportStage) -> RunFiles:
         environment=_environment(dirs),
         labels=labels,
         ppo_config=read_yaml(config) if config and config.is_file() else {},
+        ppo_health=_read_json(dirs["ppo"] / "health.json") if "ppo" in dirs else None,
         candidate=candidate,
         baseline=baseline,
     )

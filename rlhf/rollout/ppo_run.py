@@ -18,11 +18,12 @@ from rlhf.progress import Progress
 from rlhf.resume import Resume
 from rlhf.rollout.buffer import RolloutBuffer
 from rlhf.rollout.profile import StepProfile, StepRecord, table
+from rlhf.rollout.watch import Watch
 from rlhf.rollout.work import StepWork, row_lengths
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
 from rlhf.tracking import Tracker
-from rlhf.types import KLController, Rollout, RolloutBatch, RunResult
+from rlhf.types import Rollout, RolloutBatch, RunResult
 
 
 class SamplingEnded(Exception):
@@ -39,7 +40,7 @@ class PPORun:
         progress: Progress,
         tracker: Tracker,
         resume: Resume,
-        kl_control: KLController,
+        watch: Watch,
         work: StepWork | None,
         *,
         profiled: bool = False,
@@ -50,9 +51,9 @@ class PPORun:
         self._runtime = runtime
         self._tracker = tracker
         self._resume = resume
-        self._kl_control = kl_control
+        self._watch = watch
         self._seconds: dict[str, float] = {}
-        self._last: dict[str, float] = {}
+        self._last = watch.last
         self._work = work
         self._profile: StepProfile | None = None
         if profiled:
@@ -70,7 +71,6 @@ class PPORun:
         runtime: Runtime,
         *,
         resume: Resume,
-        kl_control: KLController,
         work: StepWork | None,
     ) -> Iterator[PPORun]:
         """Open progress and tracking; from here on a SIGTERM ends the run with a checkpoint.
@@ -90,7 +90,9 @@ class PPORun:
                 resume_step=resume.first_step or None,
                 say=progress.say,
             ) as tracker:
-                yield cls(cfg, runtime, progress, tracker, resume, kl_control, work, profiled=options.profile)
+                watch = Watch(cfg, runtime, progress, tracker.history())
+                with watch.assertions():
+                    yield cls(cfg, runtime, progress, tracker, resume, watch, work, profiled=options.profile)
 
     def steps(self) -> Iterator[int]:
         """0-based steps that are still to be done."""
@@ -129,6 +131,7 @@ class PPORun:
             "episode": float(episode),
         }
         self._tracker.log(step + 1, self._last)
+        self._watch.step(step + 1, self._last)
         kl_B = sequence_kl(k1(batch.logprobs_BT, batch.ref_logprobs_BT), batch.action_mask_BT).tolist()
         self._tracker.samples(
             step + 1,
@@ -171,14 +174,20 @@ class PPORun:
     def end_if_asked(self, step: int) -> None:
         """Before the update of `step` nothing of the step is worth saving: a SIGTERM ends the run here and now."""
         if self._runtime.is_asked_to_end():
-            self._resume.save_and_end(step, self._state())
+            self._resume.save_and_end(step)
 
     def save_if_due(self, step: int) -> None:
-        """See `Resume.save_if_due`."""
-        self._resume.save_if_due(step, self.cfg.steps, self._state)
+        """See `Resume.save_if_due`.
 
-    def _state(self) -> dict[str, Any]:
-        return {"kl_control": self._kl_control.state_dict()}
+        Raises:
+            GuardError: an alarm began and is to stop the run; that has left a checkpoint, whatever step it is.
+        """
+        alarm = self._watch.stopping()
+        if alarm and self.cfg.save_every:
+            self._resume.save(step + 1)
+        if alarm:
+            raise alarm
+        self._resume.save_if_due(step, self.cfg.steps)
 
     @contextlib.contextmanager
     def keeping_on_failure(self, step: int, rollouts: Sequence[Rollout]) -> Iterator[None]:

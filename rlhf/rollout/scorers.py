@@ -66,3 +66,10 @@ def readability(rollouts: Sequence[Rollout]) -> list[float]:
 
 
 SCORERS: dict[str, Callable[[Sequence[Rollout]], list[float]]] = {"readability": readability}
+
+
+def write_gold_scores(rollouts: Sequence[Rollout], scorer: str | None) -> None:
+    """What PPO is watched by but does not learn from; None: nothing."""
+    if scorer is not None:
+        for rollout, gold in zip(rollouts, SCORERS[scorer](rollouts), strict=True):
+            rollout.gold_score = gold

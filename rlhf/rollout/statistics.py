@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlhf.eval.diversity import distinct_n, duplicate_share
 from rlhf.functional.kl import ESTIMATORS, sequence_kl
 from rlhf.functional.losses import explained_variance_from_moments
 from rlhf.functional.masked import moments
@@ -34,7 +35,8 @@ def rollout_metrics(
     """Means over the sequences of all ranks; KL and entropy in nats, lengths in tokens.
 
     Rows without actions, which got no score, count in `objective/invalid_frac` alone.
-    `objective/rlhf_reward` is score - coef * KL per sequence, the quantity that RLHF maximises.
+    `objective/rlhf_reward` is score - coef * KL per sequence, the quantity that RLHF maximises. `response/distinct_n`
+    are shares of all n-grams of words, `response/duplicate_frac` the share of answers that repeat another one.
     """
     mask_BT = batch.action_mask_BT
     kls = {name: sequence_kl(f(batch.logprobs_BT, batch.ref_logprobs_BT), mask_BT) for name, f in ESTIMATORS.items()}
@@ -51,6 +53,8 @@ def rollout_metrics(
         "response/length_mean": mask_BT.sum(1),
         "response/eos_frac": torch.tensor([r.stop.finished for r in rollouts], device=mask_BT.device),
     }
+    if all(r.gold_score is not None for r in rollouts):
+        per_sequence["objective/gold"] = torch.tensor([r.gold_score for r in rollouts], device=mask_BT.device)
     per_token = {"policy/entropy_avg": (batch.entropy_BT * mask_BT).sum(), "val/sampler_gap": sampler_gap_BT.sum()}
     counts = [valid_B.sum().double(), mask_BT.sum().double(), mask_BT.new_tensor(len(rollouts), dtype=torch.float64)]
     columns = [torch.where(valid_B, column.double(), 0.0).sum() for column in per_sequence.values()]
@@ -62,6 +66,8 @@ def rollout_metrics(
     named["objective/scores_std"] = _std(raw_B, valid_B, runtime)
     named["objective/invalid_frac"] = 1 - valid / max(1.0, rows)
     named["objective/kl_coef"] = kl_coef
+    named["response/score_length_corr"] = _correlation(raw_B[valid_B], mask_BT.sum(1)[valid_B], runtime)
+    named |= _diversity([r for r in rollouts if r.score is not None], runtime)
     named["val/explained_var"] = _explained_variance(batch, runtime)
     return named
 
@@ -87,6 +93,22 @@ def _std(x_B: Tensor, valid_B: Tensor, runtime: Runtime) -> float:
     count, total, squares = runtime.sum(moments(x_B.float(), valid_B)).tolist()
     count = max(1.0, count)
     return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+
+
+def _correlation(x_B: Tensor, y_B: Tensor, runtime: Runtime) -> float:
+    """Pearson's; 0 where one of the two is constant."""
+    x_B, y_B = x_B.double(), y_B.double()
+    sums = torch.stack([torch.ones_like(x_B), x_B, y_B, x_B * x_B, y_B * y_B, x_B * y_B]).sum(1)
+    count, x, y, xx, yy, xy = runtime.sum(sums).tolist()
+    spread = math.sqrt(max(0.0, count * xx - x * x) * max(0.0, count * yy - y * y))
+    return (count * xy - x * y) / spread if spread > 1e-9 * count else 0.0
+
+
+def _diversity(rollouts: Sequence[Rollout], runtime: Runtime) -> dict[str, float]:
+    """Over the answers of all ranks together: shares of unique n-grams do not add up."""
+    texts = runtime.gather_objects([r.response for r in rollouts])
+    shares = {f"response/distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
+    return {**shares, "response/duplicate_frac": duplicate_share(texts)}
 
 
 def _explained_variance(batch: RolloutBatch, runtime: Runtime) -> float:

@@ -38,7 +38,7 @@ from rlhf.rollout.endpoint import RewardEndpoint
 from rlhf.rollout.engines import engine_for
 from rlhf.rollout.ppo_run import PPORun
 from rlhf.rollout.ptx import add_ptx_gradients, load_ptx, ptx_texts
-from rlhf.rollout.scorers import SCORERS
+from rlhf.rollout.scorers import SCORERS, write_gold_scores
 from rlhf.rollout.statistics import step_metrics
 from rlhf.rollout.work import StepWork
 from rlhf.runs import RunOptions
@@ -63,15 +63,14 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
         micro_batch_size=cfg.micro_batch_size,
         max_grad_norm=cfg.optim.max_grad_norm,
     )
-    resume.attach(roles.actor_critic, optimizer)
     kl_control = kl_control_for(cfg.kl, cfg.batch_size * runtime.world_size, resume.state.get("kl_control"))
+    resume.attach(roles.actor_critic, optimizer, state=lambda: {"kl_control": kl_control.state_dict()})
 
     with PPORun.open(
         cfg,
         options,
         runtime,
         resume=resume,
-        kl_control=kl_control,
         work=StepWork.of(cfg, roles.begins(reward_fn)),
     ) as run:
         if runtime.is_main:
@@ -163,9 +162,10 @@ def sample_rollouts(
 
 
 def score_rollouts(rollouts: Sequence[Rollout], reward_fn: RewardFn, cfg: PPOStage, runtime: Runtime) -> RolloutBatch:
-    """Write the raw score into every rollout, None where none could be had, and make the batch."""
+    """Write the raw score, None where none could be had, and the gold score if there is one; and make the batch."""
     for rollout, score in zip(rollouts, reward_fn(rollouts), strict=True):
         rollout.score = score
+    write_gold_scores(rollouts, cfg.guards.gold_scorer)
     return make_batch(rollouts, cfg, runtime)
 
 

@@ -161,6 +161,17 @@ def fail_inside(progress: Progress) -> None:
         raise KeyError("stop")
 
 
+def test_the_footer_stands_under_the_live_display_until_the_next_one() -> None:
+    for terminal in (True, False):
+        console, out = plain(terminal=terminal)
+        with Progress("ppo", console=console) as progress:
+            progress.phase("steps", total=2, outer=True)
+            progress.footer("health: ok", alarm=False)
+            progress.footer("health: [KL] is high", alarm=True)
+        assert ("health: [KL] is high" in out.getvalue()) == terminal
+        assert out.getvalue().count("health: ok") == 0
+
+
 def test_an_error_inside_restores_the_terminal_and_passes() -> None:
     console, out = plain(terminal=True)
     with pytest.raises(KeyError, match="stop"):

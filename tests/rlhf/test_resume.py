@@ -28,7 +28,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=0.01)
         self.resume = Resume.open(cfg, RunOptions(resume=resume), runtime, say=self.said.append)
         self.resume.load_weights(self.module)
-        self.resume.attach(self.module, self.optimizer)
+        self.resume.attach(self.module, self.optimizer, state=lambda: {"kl": 0.5})
         self.resume.begin()
 
     def train(self, steps: int) -> None:
@@ -39,7 +39,7 @@ class Run:
 
     def save(self, step: int) -> None:
         self.train(step)
-        self.resume.save(step, {"kl": 0.5})
+        self.resume.save(step)
 
     def weights(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.module.parameters()]
@@ -145,14 +145,14 @@ def test_a_path_names_the_checkpoint_and_later_ones_go_aside(start: Any, tmp_pat
 
 def test_sigterm_saves_once_and_ends(start: Any, runtime: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = start(save_every=0)
-    run.resume.save_if_due(0, 9, dict)
+    run.resume.save_if_due(0, 9)
     assert not (tmp_path / "ppo" / "checkpoints").exists(), "nobody asked"
     monkeypatch.setattr(runtime, "has_sigterm", True)
     with pytest.raises(SystemExit) as caught:
-        run.resume.save_if_due(1, 9, dict)
+        run.resume.save_if_due(1, 9)
     assert caught.value.code == TERMINATED == 143
     assert [p.name for p in (tmp_path / "ppo" / "checkpoints").iterdir()] == ["step_2"]
     again = start(save_every=0)
     with pytest.raises(SystemExit):
-        again.resume.save_and_end(2, {})
+        again.resume.save_and_end(2)
     assert [p.name for p in (tmp_path / "ppo" / "checkpoints").iterdir()] == ["step_2"], "nothing new to save"

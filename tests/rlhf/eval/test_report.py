@@ -11,7 +11,7 @@ import pytest
 from rlhf.config_schema import ReportStage
 from rlhf.errors import DataError
 from rlhf.eval import charts
-from rlhf.eval.health import CHECKS, health_notes
+from rlhf.eval.health import health_notes
 from rlhf.eval.report import MAX_PROMPTS, build_summary, clean, inline_code, render_report
 from rlhf.eval.run_files import read_metrics, read_run
 from rlhf.stages.report import main
@@ -343,18 +343,55 @@ def test_health_of_falling_entropy_and_of_the_reward_model(full_run):
     summary = {"accuracy": 0.52, "accuracy_low": 0.46, "accuracy_high": 0.58, "length_correlation": -0.6}
     write_json(Path(full_run.reward_dir) / "result.json", {"summary": summary})
     assert sorted(alarms(full_run)) == [
-        "Entropy has collapsed",
+        "Entropy collapses",
         "The reward follows length",
         "The reward model is no better than a coin",
     ]
 
 
 def test_a_healthy_run_passes_every_check_and_one_noisy_batch_is_no_alarm(full_run):
-    assert len(health_notes(read_run(full_run))) == len(CHECKS)
+    names = {note.name for note in health_notes(read_run(full_run))}
+    checks = {"gold", "reward_model", "reward_model_length", "eos", "distinct", "length", "finite"}
+    assert names == checks | {"kl_high", "kl_negative", "entropy", "critic", "clip"}
     assert alarms(full_run) == []
     rows = [ppo_row(i, **({"objective/kl": -0.3} if i == 3 else {})) for i in range(1, 41)]
     write_lines(Path(full_run.ppo_dir) / "metrics.jsonl", rows)
     assert alarms(full_run) == []
+
+
+def guard_note(name: str, **changes) -> dict:
+    words = {"title": f"{name} fine", "alarm": f"{name} alarm", "cause": "Why.", "next_step": "Lower `optim.lr`."}
+    return {"name": name, "ok": True, "measured": "It is 1", "since": None, "earlier": [], **words, **changes}
+
+
+def test_what_the_guards_said_stands_in_the_report_and_metrics_are_not_judged_again(full_run):
+    write_lines(Path(full_run.ppo_dir) / "metrics.jsonl", [ppo_row(i, **{"objective/kl": -9}) for i in range(1, 41)])
+    notes = [guard_note("sampler", ok=False, since=12, earlier=[[3, 7]]), guard_note("duplicates", earlier=[[5, 9]])]
+    write_json(Path(full_run.ppo_dir) / "health.json", {"status": "alarm", "step": 40, "notes": notes})
+    assert alarms(full_run) == ["sampler alarm"]
+    assert build_summary(full_run)["warnings"] == ["sampler alarm"]
+    page = Page(render_report(full_run)).text
+    assert "It is 1. Since step 12. An alarm from step 3 to 7 is over. Likely cause. Why." in page
+    assert "duplicates fine It is 1. An alarm from step 5 to 9 is over." in page
+
+
+def test_of_a_guard_and_a_check_with_one_name_the_alarm_stands_else_the_check(full_run):
+    for in_run, held_out, expected in [(True, 0.95, "95%"), (False, 0.95, "It is 1"), (False, 0.5, "50%")]:
+        record = evaluation()
+        record["policies"]["ppo"]["eos_frac"] = held_out
+        write_json(Path(full_run.evaluate_dir) / "evaluation.json", record)
+        notes = [guard_note("eos", ok=in_run, since=None if in_run else 3)]
+        write_json(Path(full_run.ppo_dir) / "health.json", {"status": "ok", "step": 40, "notes": notes})
+        (note,) = [note for note in health_notes(read_run(full_run)) if note.name == "eos"]
+        assert note.measured.startswith(expected)
+        assert note.ok == (in_run and held_out > 0.9)
+
+
+@pytest.mark.parametrize("record", [{}, {"notes": 3}, {"notes": [{"name": "eos"}]}, {"notes": [["eos"]]}])
+def test_a_malformed_health_file_is_named(full_run, record):
+    write_json(Path(full_run.ppo_dir) / "health.json", record)
+    with pytest.raises(DataError, match=r"health\.json is malformed"):
+        render_report(full_run)
 
 
 def test_fixed_kl_has_no_target(full_run):

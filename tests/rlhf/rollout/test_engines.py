@@ -103,7 +103,7 @@ def test_the_configuration_chooses(lm: Any) -> None:
     for server in (url, {"m": url, "other": "http://localhost:2"}):
         engine = engine_for(SamplingConfig(engine="vllm", server=server), lm, "m")
         assert isinstance(engine, VllmEngine)
-        assert (engine._server, engine._model, engine.context) == (url, "m", lm.config.max_position_embeddings)
+        assert (engine._server.url, engine._model, engine.context) == (url, "m", lm.config.max_position_embeddings)
 
 
 @pytest.mark.parametrize(
