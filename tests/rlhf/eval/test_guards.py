@@ -206,7 +206,7 @@ def test_limits_come_from_a_configuration_old_or_new(stage_config: Any) -> None:
     guards = {"patience": 5, "ignore": ["eos"]}
     cfg = stage_config("ppo", critic_warmup_steps=2, kl={"target": 4.0}, guards=guards)
     assert Limits.of(cfg.model_dump(mode="json")) == Limits(4.0, 2, 5, frozenset({"eos"}))
-    assert Limits.of({}) == Limits(None, 0, config_schema.GuardsConfig().patience, frozenset())
+    assert Limits.of({}) == Limits(None, 0, config_ppo.GuardsConfig().patience, frozenset())
     assert Limits.of({"kl": {"kind": "fixed", "target": 4.0}}).kl_target is None
 
 
