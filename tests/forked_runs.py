@@ -124,7 +124,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_ranks(arguments: list[str], folder: Path, *, zero: int = 0, world_size: int = 2, **options: Any) -> list[Forked]:
+def start_ranks(
+    arguments: list[str], folder: Path, *, zero: int = 0, world_size: int = 2, **options: Any
+) -> list[Forked]:
     """The ranks of one job, as a launcher would start them; rank r writes `folder`/rank_r.log."""
     job = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     job |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": str(world_size)} | options.pop("environment", {})

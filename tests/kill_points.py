@@ -1,6 +1,7 @@
-"""A PPO run that tells where it is, and that can be told where to die: in a process of its own only, it changes classes.
+"""A PPO run that tells where it is, and that can be told where to die.
 
-`arm` is called in the child (see `forked_runs.Forked`). The board is a small file that parent and child map.
+`arm` is called in the child (see `forked_runs.Forked`), for it changes our classes. The board is a small file that
+parent and child map.
 """
 
 from __future__ import annotations
