@@ -134,12 +134,14 @@ class Checkpoint:
         step: the last step that is contained.
         state: the JSON state given to `save`.
         meta: the manifest's meta (fingerprint, versions).
+        files: names of the verified files; whatever else lies in the folder is not read.
     """
 
     path: Path
     step: int
     state: Json
     meta: Json
+    files: tuple[str, ...]
 
     def tensors(self, name: str) -> TensorFiles:
         """The tensors saved under `name`, by all ranks that there were.
@@ -147,10 +149,10 @@ class Checkpoint:
         Raises:
             CheckpointError: this checkpoint has no such file.
         """
-        files = {path: re.sub(r"-\d+-of-\d+$", "", path.stem) for path in sorted(self.path.glob("*.safetensors"))}
-        mine = [path for path, group in files.items() if group == name]
+        groups = {file: re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", file) for file in self.files if file != STATE}
+        mine = [self.path / file for file, group in groups.items() if group == name]
         if not mine:
-            known = ", ".join(sorted(set(files.values())))
+            known = ", ".join(sorted(set(groups.values())))
             fix = "resume with the configuration that wrote it"
             raise CheckpointError(f"{self.path} has no tensors {name!r}; it has {known or 'none'}", fix=fix)
         return TensorFiles(mine)
@@ -174,7 +176,7 @@ def open_checkpoint(path: str | Path, *, ranks: Ranks | None = None) -> Checkpoi
     if problems:
         raise CheckpointError(problems[0], fix="give another checkpoint, or restore this one from a copy")
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(folder, manifest["step"], state, manifest["meta"])
+    return Checkpoint(folder, manifest["step"], state, manifest["meta"], tuple(sorted(manifest["files"])))
 
 
 @dataclass

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 MANIFEST = "MANIFEST.json"
@@ -35,6 +36,14 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def remove_torn(folder: Path) -> None:
+    """Remove what an `atomic_write` left below `folder` when its process was killed; nobody else may write there."""
+    for path in folder.rglob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def fsync_path(path: Path) -> None:

@@ -33,6 +33,7 @@ class Resume:
         self._cfg, self._runtime, self._store, self._found = cfg, runtime, store, found
         self._train_state: TrainState | None = None
         self._state_now: Callable[[], dict[str, Any]] = dict
+        self._meta = self._describe()
         self.first_step = found.step if found else 0
         self.state: dict[str, Any] = found.state if found else {}
 
@@ -105,7 +106,7 @@ class Resume:
         """
         assert self._train_state is not None, "attach comes first"
         tensors = {"trainable": self._train_state.weights(), "optimizer": self._train_state.moments()}
-        self._store.save(step, tensors, self._state_now(), self._meta(), in_background=in_background)
+        self._store.save(step, tensors, self._state_now(), self._meta, in_background=in_background)
 
     def save_if_due(self, step: int, total: int) -> None:
         """After 0-based `step`: a checkpoint every `save_every` steps, and when the run is asked to end, which it does.
@@ -134,23 +135,24 @@ class Resume:
             print(f"ended by SIGTERM after step {step}; run the same command again to go on", flush=True)
         raise SystemExit(TERMINATED)
 
-    def _meta(self) -> dict[str, Any]:
-        return {
-            "config": learned_fingerprint(self._cfg, processes=self._runtime.world_size),
-            "inputs": self._inputs(),
-            "processes": self._runtime.world_size,
-            "zero_stage": self._runtime.zero_stage,
-            "environment": environment(),
-        }
-
-    def _inputs(self) -> dict[str, str]:
-        return digests(named_data(self._cfg) | named_models(self._cfg), exact=True)
+    def _describe(self) -> dict[str, Any]:
+        """What this run is made of, as rank 0 sees it now: inputs that change later are not those that it read."""
+        described = {}
+        if self._runtime.is_main:
+            described = {
+                "config": learned_fingerprint(self._cfg, processes=self._runtime.world_size),
+                "inputs": digests(named_data(self._cfg) | named_models(self._cfg), exact=True),
+                "processes": self._runtime.world_size,
+                "zero_stage": self._runtime.zero_stage,
+                "environment": environment(),
+            }
+        return self._runtime.gather_objects([described])[0]
 
     def _refuse_others(self, found: Checkpoint) -> None:
         """Steps on other prompts, or LoRA weights over another base, would be one run in name only."""
-        processes = self._runtime.world_size
+        processes, now = self._runtime.world_size, self._meta
         anew = f"use another run_dir, or start anew with --resume never (which keeps {self._store.folder} aside)"
-        if found.meta.get("config") != learned_fingerprint(self._cfg, processes=processes):
+        if found.meta.get("config") != now["config"]:
             there = found.meta.get("processes", processes)
             hint = (
                 f" (or for another number of rows per step: it was made by {there} processes, now there are "
@@ -161,8 +163,8 @@ class Resume:
             raise CheckpointError(
                 f"{found.path} was made with another configuration{hint}", fix=f"restore the configuration, {anew}"
             )
-        inputs = self._inputs()
-        changed = sorted(name for name, digest in found.meta.get("inputs", {}).items() if inputs.get(name) != digest)
+        inputs = found.meta.get("inputs", {})
+        changed = sorted(name for name, digest in inputs.items() if now["inputs"].get(name) != digest)
         if changed:
             raise CheckpointError(
                 f"changed since {found.path} was made: {', '.join(changed)}", fix=f"restore what changed, {anew}"
@@ -170,12 +172,11 @@ class Resume:
 
     def _moved_from(self, found: Checkpoint) -> str:
         """What else is new: no reason to refuse, but good to know."""
-        meta, now = found.meta, self._runtime
-        before = (meta.get("processes"), meta.get("zero_stage"))
+        meta, now = found.meta, self._meta
         text = ""
-        if before != (now.world_size, now.zero_stage):
-            text += f", which {before[0]} processes under ZeRO-{before[1]} wrote"
-        if (meta.get("environment") or {}).get("packages") != environment()["packages"]:
+        if any(meta.get(key) != now[key] for key in ("processes", "zero_stage")):
+            text += f", which {meta.get('processes')} processes under ZeRO-{meta.get('zero_stage')} wrote"
+        if (meta.get("environment") or {}).get("packages") != now["environment"]["packages"]:
             text += "; packages have other versions now, so bits may differ"
         return text
 

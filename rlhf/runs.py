@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import dump, fingerprint, resolve_path
 from rlhf.config_schema import StageConfig
-from rlhf.files import atomic_write, content_digest
+from rlhf.files import atomic_write, content_digest, remove_torn
 
 if TYPE_CHECKING:  # rlhf.types imports torch, which the command line does without
     from rlhf.types import RunResult
@@ -98,6 +98,7 @@ def recorded(cfg: StageConfig, stage: str) -> Iterator[Callable[[RunResult], Non
     """
     began = time.perf_counter()
     folder = Path(cfg.run_dir)
+    remove_torn(folder)
     earlier = _EarlierRun(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

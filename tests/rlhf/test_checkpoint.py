@@ -147,6 +147,19 @@ def test_truncated_and_missing_files_are_seen(tmp_path: Path, name: str, damage:
         assert f"bytes, not the {len(data)} of its manifest" in said[0]
 
 
+def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> None:
+    store, said = store_with(tmp_path, 1)
+    write_tensors(store.folder / "step_1" / "policy-00002-of-00002.safetensors", {"w": torch.zeros(3, 4)})
+    write_tensors(store.folder / "step_1" / "critic.safetensors", {"w": torch.zeros(1)})
+    latest = store.latest()
+    assert latest is not None
+    assert latest.files == ("optimizer.safetensors", "policy.safetensors", "state.json")
+    assert identical(latest.tensors("policy").whole("w"), torch.arange(12.0).reshape(3, 4) + 1)
+    with pytest.raises(CheckpointError, match="no tensors 'critic'; it has optimizer, policy"):
+        latest.tensors("critic")
+    assert said == []
+
+
 def test_when_none_verifies_it_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     store, said = store_with(tmp_path, 1, 2)
     for step in (1, 2):

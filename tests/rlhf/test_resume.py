@@ -93,6 +93,15 @@ def test_changed_inputs_are_refused(start: Any, tmp_path: Path, changed: str) ->
     assert "--resume never" in caught.value.fix
 
 
+def test_inputs_are_those_that_were_read_and_not_what_they_became(start: Any, tmp_path: Path) -> None:
+    """An edit while the run goes on changes nothing in it; the run that goes on from its checkpoint would read it."""
+    run = start()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "explain rain"}\n')
+    run.save(3)
+    with pytest.raises(CheckpointError, match=r"changed since .*prompts\.jsonl"):
+        start()
+
+
 def test_another_configuration_is_refused_but_not_another_way_to_compute_it(start: Any) -> None:
     start(batch_size=8).save(3)
     for free in ({"micro_batch_size": 2}, {"gradient_checkpointing": True}, {"save_every": 7}):

@@ -204,3 +204,15 @@ def test_what_is_not_on_this_disk_has_no_digest(tmp_path: Path) -> None:
     names = ["owner/model", str(tmp_path / "absent"), str(tmp_path / "p.jsonl"), "shipped:nothing.jsonl"]
     sha256_of_x = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
     assert digests(names, exact=True) == {str(tmp_path / "p.jsonl"): sha256_of_x}
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    finish(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    (tmp_path / "run" / "rollouts").mkdir()
+    torn = [".summary.json.4711.tmp", "rollouts/.step_000001.parquet.1.tmp"]
+    others = [".hidden.tmp", "summary.json.1.tmp", "rollouts/.x.1"]
+    for name in torn + others:
+        (tmp_path / "run" / name).write_text("half")
+    finish(tmp_path / "run")
+    assert contents(tmp_path / "run").keys() == before.keys() | set(others)

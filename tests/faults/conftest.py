@@ -1,0 +1,42 @@
+"""A tiny PPO run that can be started in a moment, as often as faults ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked_runs import Forked, start_server
+
+from rlhf.config import dump
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server() -> None:
+    start_server()
+
+
+@pytest.fixture
+def config(tmp_path: Path, stage_config: Callable[..., Any]) -> Callable[..., list[str]]:
+    """`config("name", steps=4, ...)`: the command line of a PPO run into the folder `name`, a checkpoint every step."""
+
+    def write(name: str, **changes: Any) -> list[str]:
+        settings = {"steps": 3, "save_every": 1, "keep_checkpoints": 2, "epochs": 1, "samples_per_step": 2}
+        cfg = stage_config("ppo", run_dir=str(tmp_path / name), **{**settings, **changes})
+        (tmp_path / f"{name}.yaml").write_text(dump(cfg), encoding="utf-8")
+        return ["ppo", str(tmp_path / f"{name}.yaml")]
+
+    return write
+
+
+@pytest.fixture
+def finished(tmp_path: Path, config: Callable[..., list[str]]) -> Callable[..., Path]:
+    """`finished("name", ...)`: the folder of a run of one process that nothing happened to."""
+
+    def run(name: str = "unharmed", **changes: Any) -> Path:
+        process = Forked(config(name, **changes), tmp_path / f"{name}.log")
+        assert process.end() == 0, process.said()
+        return tmp_path / name
+
+    return run
