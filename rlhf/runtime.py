@@ -129,6 +129,29 @@ class Runtime:
         """Whether parameters or optimizer state may be sharded."""
         return getattr(self._accelerator.state, "deepspeed_plugin", None) is not None
 
+    @contextlib.contextmanager
+    def whole_models(self) -> Iterator[None]:
+        """Models loaded inside are whole on every rank; a ZeRO-3 run would else shard them while they are read."""
+        from transformers.integrations import deepspeed as integration
+
+        sharding = integration._hf_deepspeed_config_weak_ref
+        integration.unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            integration._hf_deepspeed_config_weak_ref = sharding
+
+    @contextlib.contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """Inside, every rank holds all parameters of `module` whole, for reading; all ranks must come here."""
+        if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield
+
     # --- the device ------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:

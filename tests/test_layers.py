@@ -27,7 +27,7 @@ LAYERS = [
     "rlhf.config rlhf.config_schema rlhf.files rlhf.runs rlhf.runtime rlhf.checkpoint rlhf.tracking "
     "rlhf.kl_control rlhf.progress",
     "rlhf.data rlhf.data.* rlhf.models rlhf.models.*",
-    "rlhf.rollout rlhf.rollout.* rlhf.eval rlhf.eval.* "
+    "rlhf.rollout rlhf.rollout.* rlhf.supervised rlhf.supervised.* rlhf.eval rlhf.eval.* "
     "reward_model.model reward_model.data reward_model.packing reward_model.labeling reward_model.labeling.*",
     "rlhf.stages rlhf.stages.* reward_model.train",
     "rlhf.cli rlhf.__main__ rlhf.dry_run rlhf.doctor",
@@ -37,7 +37,7 @@ OWNERS = {
     "deepspeed": {"rlhf.runtime"},
     "wandb": {"rlhf.tracking"},
     "peft": {"rlhf.models.tuning", "rlhf.models.adapters"},
-    "trl": {"rlhf.stages.sft"},
+    "trl": {"rlhf.stages.sft", "rlhf.supervised.trainer"},
 }
 MAX_FILE, MAX_FUNCTION, MAX_STAGE_MAIN, MAX_PARAMETERS = 450, 60, 90, 8
 

@@ -28,7 +28,7 @@ from rlhf.types import RunResult
 
 def main(cfg: SFTStage, options: RunOptions) -> RunResult:
     """Train on the demonstrations; leaves `final/` and metrics.jsonl."""
-    from trl.trainer.sft_trainer import SFTTrainer
+    from rlhf.supervised.trainer import SplitFreeTrainer
 
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     tokenizer = load_tokenizer(cfg.model)
@@ -48,11 +48,11 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
         evaluation = to_dataset(cfg.eval_dataset, tokenizer, cfg, progress) if cfg.eval_dataset else None
         reporter = Reporter(progress, tracker)
         arguments = trainer_config(cfg, has_eval=evaluation is not None)
-        handle = apply_tuning(
-            load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype)), cfg.tuning, runtime.dtype
-        )
+        with runtime.whole_models():
+            lm = load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
+        handle = apply_tuning(lm, cfg.tuning, runtime.dtype)
         try:
-            trainer = SFTTrainer(
+            trainer = SplitFreeTrainer(
                 model=handle,
                 args=arguments,
                 train_dataset=train,
@@ -67,13 +67,12 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
             show_examples(progress.console, tokenizer, "SFT (prompt and completion)", trained_examples(trainer))
         trainer.train()
     final = Path(cfg.run_dir) / "final"
-    if runtime.is_main:
-        save_adapter(handle, Path(cfg.run_dir) / "adapter")
-    model = merge_tuning(handle)
-    if runtime.is_main:
-        with export_folder(final) as folder:
-            model.to(runtime.dtype).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+    with runtime.gathered(handle):
+        if runtime.is_main:
+            save_adapter(handle, Path(cfg.run_dir) / "adapter")
+            with export_folder(final) as folder:
+                merge_tuning(handle).to(runtime.dtype).save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
     summary = {"demonstrations": len(train), "steps": trainer.state.global_step, **reporter.last}
     return RunResult(cfg.run_dir, summary, {"model": str(final)})
 
@@ -155,9 +154,15 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
     if "activation_checkpointing" in known:  # what transformers 5.20 calls it; the old name warns on every run
         merged.setdefault("activation_checkpointing", merged["gradient_checkpointing"])
     try:
-        return SFTConfig(**merged)
+        arguments = SFTConfig(**merged)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"trainer: trl.SFTConfig refuses it: {error}", fix="correct the value") from None
+    if arguments.deepspeed_plugin is not None:  # the launch file speaks for our own loops
+        arguments.deepspeed_plugin.deepspeed_config |= {
+            "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+            "gradient_clipping": arguments.max_grad_norm,
+        }
+    return arguments
 
 
 def check_trainer_keys(given: dict[str, Any], known: dict[str, Any], ours: dict[str, Any]) -> None:

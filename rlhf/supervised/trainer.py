@@ -1,0 +1,91 @@
+"""`trl.SFTTrainer` whose batches, loss and metrics do not depend on how a batch is split over ranks and micro-batches.
+
+The loss itself is TRL's: a sum over the trained tokens, divided by those of the whole batch over all ranks. What is
+ours: which rows a step reads, how metrics are averaged, and what a checkpoint is (`rlhf.supervised.saver`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl.trainer.sft_trainer import SFTTrainer
+
+from rlhf.supervised.batches import EpochLoader, GlobalBatches, Split, loader
+
+
+class SplitFreeTrainer(SFTTrainer):
+    """Same rows, loss and metrics for any number of ranks and any micro-batch size."""
+
+    model: Any
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._sums = {"train": dict.fromkeys(_SUMS, 0.0), "eval": dict.fromkeys(_SUMS, 0.0)}
+
+    # --- batches --------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> EpochLoader:
+        """Micro-batches in the order of `args.seed`."""
+        accumulation = self.args.gradient_accumulation_steps
+        return self._loader(self.train_dataset, accumulation * self.args.train_batch_size, seed=self.args.seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochLoader:
+        """Each row once, as they stand."""
+        return self._loader(eval_dataset or self.eval_dataset, self.args.eval_batch_size, seed=None)
+
+    def _loader(self, dataset: Any, per_rank: int, *, seed: int | None) -> EpochLoader:
+        args, ranks = self.args, self.accelerator.num_processes
+        split = Split(per_rank * ranks, args.train_batch_size, self.accelerator.process_index, ranks)
+        dataset = self._remove_unused_columns(dataset)
+        return loader(
+            dataset,
+            GlobalBatches(len(dataset), split, seed=seed),
+            self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    # --- metrics --------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss. Beside it, sums over tokens and ranks: TRL averages over micro-batches, whatever their size."""
+        mode = "train" if self.model.training else "eval"
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        trained = (inputs["labels"][..., 1:] != -100).sum()
+        is_filler = not bool(trained)
+        read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["labels"].numel()
+        local = [trained, loss.detach() * trained, is_filler * read]
+        tokens, loss_sum, filled = self._summed(local)
+        sums = self._sums[mode]
+        sums["tokens"] += tokens
+        sums["loss"] += loss_sum
+        sums["correct"] += round(self._metrics[mode]["mean_token_accuracy"][-1] * tokens)
+        if mode == "train":
+            self._total_train_tokens -= int(filled)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return result
+
+    def _summed(self, values: list[Any]) -> list[float]:
+        mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.args.device) for v in values])
+        summed: Any = self.accelerator.reduce(mine, reduction="sum")
+        return summed.tolist()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with means over all tokens since the last time."""
+        mode = "train" if self.model.training else "eval"
+        sums = self._sums[mode]
+        if sums["tokens"]:
+            self._metrics[mode]["mean_token_accuracy"] = [sums["correct"] / sums["tokens"]]
+            if "eval_loss" in logs:
+                logs["eval_loss"] = sums["loss"] / sums["tokens"]
+        self._sums[mode] = dict.fromkeys(_SUMS, 0.0)
+        super().log(logs, start_time)
+
+
+_SUMS = ("tokens", "loss", "correct")
