@@ -7,8 +7,8 @@ its name by one rename; a process killed at any point leaves the older ones unto
 only after the size and SHA-256 of every file agree with the manifest: a flipped bit loads silently from every
 tensor format. safetensors and JSON only; nothing here can execute what it reads.
 
-One writer for now. With several ranks: `write_tensors` per rank into the shared staging folder, a barrier,
-`_commit` on rank 0, a barrier; the other ranks open `Checkpoints(..., writer=False)`.
+One process writes, as a rule. Where every rank holds a part of the state they fill one staging folder together
+(`Checkpoints.staged`), and rank 0 commits it; the other ranks open `Checkpoints(..., writer=False)`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.errors import CheckpointError
-from rlhf.files import atomic_write, fsync_path
+from rlhf.files import atomic_write, fsync_path, sha256_of
 
 FORMAT = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
@@ -41,11 +41,6 @@ SPACE_FACTOR = 1.05
 _DISK_FIX = "free disk space or set run_dir to another disk; older checkpoints are intact"
 
 Json = dict[str, Any]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -89,7 +84,7 @@ def write_manifest(folder: str | Path, head: Json) -> None:
     folder, files = Path(folder), {}
     for path in _files_below(folder):
         fsync_path(path)
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     for inner in sorted({path.parent for path in _files_below(folder)} - {folder}, reverse=True):
         fsync_path(inner)
     # Through JSON once, so that the hash is of what a reader gets (text keys, lists for tuples).
@@ -132,7 +127,7 @@ def _file_problem(path: Path, expected: Json) -> str:
         size = path.stat().st_size
         if size != expected["size"]:
             return f"has {size} bytes, not the {expected['size']} of its manifest"
-        return "" if _sha256(path) == expected["sha256"] else "was altered: its sha256 does not agree"
+        return "" if sha256_of(path) == expected["sha256"] else "was altered: its sha256 does not agree"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -175,6 +170,19 @@ class Checkpoint:
             fix = "resume with the configuration that wrote it"
             raise CheckpointError(f"{self.path} has no tensors {name!r}; it has {known or 'none'}", fix=fix)
         return read_tensors(file)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint in one folder.
+
+    Raises:
+        CheckpointError: it is damaged, or the folder holds none.
+    """
+    folder = Path(path)
+    manifest = verify_folder(folder)
+    if not {"step", "meta"} <= manifest.keys() or not (folder / STATE).is_file():
+        raise CheckpointError(f"{folder} holds no checkpoint", fix="give the folder of one: checkpoints/step_N")
+    return Checkpoint(folder, manifest["step"], json.loads((folder / STATE).read_text("utf-8")), manifest["meta"])
 
 
 class Checkpoints:
@@ -231,20 +239,44 @@ class Checkpoints:
         """
         if not self._writer:
             raise RuntimeError("save was called on a reader; only rank 0 writes checkpoints")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_space(step, tensors)
-        staging = self.folder / f".staging-step_{step}"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        try:
+        sizes = (t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+        with self.staged(step, meta, needed=sum(sizes)) as staging:
             for name, group in tensors.items():
                 write_tensors(staging / f"{name}.safetensors", group)
             (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            return self._commit(staging, step, meta)
+        return self._path(step)
+
+    @contextlib.contextmanager
+    def staged(
+        self, step: int, meta: Json, *, needed: int, barrier: Callable[[], None] = lambda: None
+    ) -> Iterator[Path]:
+        """A folder to be filled, by all ranks together; it becomes the checkpoint of `step`, and older ones go.
+
+        Args:
+            needed: bytes that all ranks will write.
+            barrier: waits for every rank. All of them come here; the writer makes the folder and commits it.
+
+        Raises:
+            CheckpointError: the disk has not enough space; older checkpoints are intact.
+        """
+        staging = self.folder / f".staging-step_{step}"
+        if self._writer:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_space(step, needed)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+        try:
+            barrier()
+            yield staging
+            barrier()
+            if self._writer:
+                self._commit(staging, step, meta)
+            barrier()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write {self._path(step)}: {error}", fix=_DISK_FIX) from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)  # gone already, unless the save failed
+            if self._writer:
+                shutil.rmtree(staging, ignore_errors=True)  # gone already, unless the save failed
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, older ones being tried aloud; None when there are none.
@@ -256,17 +288,16 @@ class Checkpoints:
         for step in reversed(self.steps()):
             path = self._path(step)
             try:
-                manifest = verify_folder(path)
-                if manifest.get("step") != step:
-                    raise CheckpointError(f"{path} holds step {manifest.get('step')}")
+                found = read_checkpoint(path)
+                if found.step != step:
+                    raise CheckpointError(f"{path} holds step {found.step}")
             except CheckpointError as error:
                 damaged.append(error.message)
                 self._say(f"checkpoint step_{step} is damaged and not used: {error.message}")
                 continue
             if damaged:
                 self._say(f"falling back to checkpoint step_{step}")
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            return Checkpoint(path, step, state, manifest["meta"])
+            return found
         if damaged:
             fix = f"restore one from a copy, or remove {self.folder} to start from the beginning"
             raise CheckpointError("no checkpoint verifies:\n  " + "\n  ".join(damaged), fix=fix)
@@ -275,7 +306,7 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}"
 
-    def _commit(self, staging: Path, step: int, meta: Json) -> Path:
+    def _commit(self, staging: Path, step: int, meta: Json) -> None:
         """Make the staging folder the checkpoint of `step`; from here on older ones may go."""
         write_manifest(staging, {"step": step, "meta": meta})
         final = self._path(step)
@@ -283,11 +314,9 @@ class Checkpoints:
         # Only those up to this step are counted: later ones belong to a time line that was found damaged.
         for old in [s for s in self.steps() if s <= step][: -self.keep]:
             shutil.rmtree(self._path(old), ignore_errors=True)
-        return final
 
-    def _check_space(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        sizes = (t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-        needed, free = int(sum(sizes) * SPACE_FACTOR), shutil.disk_usage(self.folder).free
+    def _check_space(self, step: int, size: int) -> None:
+        needed, free = int(size * SPACE_FACTOR), shutil.disk_usage(self.folder).free
         if free < needed:
             wanted = f"it needs {needed:,} bytes, the disk has {free:,} free"
             raise CheckpointError(f"no space for {self._path(step)}: {wanted}", fix=_DISK_FIX)

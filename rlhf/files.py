@@ -37,6 +37,15 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
     fsync_path(path.parent)
 
 
+def set_aside(folder: Path) -> None:
+    """Rename a folder of an earlier run to `<name>.old-N`: never resumed by mistake, never lost."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    if folder.exists():
+        folder.rename(aside)
+
+
 def fsync_path(path: Path) -> None:
     """Bring a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -13,6 +13,7 @@ import torch
 from rlhf.checkpoint import Checkpoints, flatten_optimizer, unflatten_optimizer
 from rlhf.config_schema import PPOStage
 from rlhf.errors import CheckpointError
+from rlhf.files import set_aside
 from rlhf.functional.kl import k1, sequence_kl
 from rlhf.models.roles import Roles
 from rlhf.models.tuning import load_trainable, trainable_tensors
@@ -251,15 +252,6 @@ class Saver:
                 fix="restore what changed, use another run_dir, or start anew: with --resume never, or without "
                 f"{self._cfg.run_dir}/checkpoints",
             )
-
-
-def set_aside(folder: Path) -> None:
-    """Rename a folder of an earlier run to `<name>.old-N`: never resumed by mistake, never lost."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    if folder.exists():
-        folder.rename(aside)
 
 
 def sample_row(rollout: Rollout, kl: float) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf.supervised.batches import EpochLoader, GlobalBatches, Split, loader
+from rlhf.supervised.saver import SFTSaver
 
 
 class SplitFreeTrainer(SFTTrainer):
@@ -19,9 +21,16 @@ class SplitFreeTrainer(SFTTrainer):
 
     model: Any
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, saver: SFTSaver, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._saver = saver
         self._sums = {"train": dict.fromkeys(_SUMS, 0.0), "eval": dict.fromkeys(_SUMS, 0.0)}
+        self.add_callback(SaveWhenDue(saver))
+
+    def run(self) -> None:
+        """Train to the end, from the checkpoint that the saver found."""
+        found = self._saver.found
+        self.train(resume_from_checkpoint=str(found.path) if found else None)
 
     # --- batches --------------------------------------------------------------------------------------
 
@@ -86,6 +95,52 @@ class SplitFreeTrainer(SFTTrainer):
                 logs["eval_loss"] = sums["loss"] / sums["tokens"]
         self._sums[mode] = dict.fromkeys(_SUMS, 0.0)
         super().log(logs, start_time)
+
+    # --- checkpoints: what `transformers.Trainer` calls, in our own format ------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._saver.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._saver.load_weights(self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._saver.load_optimizer(self)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:  # called right before the first step, when all counters stand at 0
+            self._saver.load_counts(self)
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted in all, and since the last line of metrics."""
+        return {
+            "tokens": self._total_train_tokens,
+            "sums": self._sums["train"],
+            "metrics": dict(self._metrics["train"]),
+            "logged_step": self._globalstep_last_logged,
+        }
+
+    def restore_counts(self, counts: dict[str, Any]) -> None:
+        """Go on counting from what `counts` gave."""
+        self._total_train_tokens = counts["tokens"]
+        self._sums["train"] = dict(counts["sums"])
+        self._metrics["train"].update(counts["metrics"])
+        self._globalstep_last_logged = counts["logged_step"]
+
+
+class SaveWhenDue(TrainerCallback):
+    """Asks for a checkpoint; at the end of an epoch after the evaluation there, which a resumed run skips."""
+
+    def __init__(self, saver: SFTSaver) -> None:
+        self._saver = saver
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        ends_epoch = state.epoch == int(state.epoch)
+        control.should_save = not ends_epoch and self._saver.is_due(state.global_step, state.max_steps)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = self._saver.is_due(state.global_step, state.max_steps)
 
 
 _SUMS = ("tokens", "loss", "correct")
