@@ -129,17 +129,11 @@ class Runtime:
         """Whether parameters or optimizer state may be sharded."""
         return getattr(self._accelerator.state, "deepspeed_plugin", None) is not None
 
-    @contextlib.contextmanager
-    def whole_models(self) -> Iterator[None]:
-        """Models loaded inside are whole on every rank; a ZeRO-3 run would else shard them while they are read."""
-        from transformers.integrations import deepspeed as integration
+    def load_models_whole(self) -> None:
+        """From now on models are read whole on every rank: transformers else shards them as it reads under ZeRO-3."""
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        sharding = integration._hf_deepspeed_config_weak_ref
-        integration.unset_hf_deepspeed_config()
-        try:
-            yield
-        finally:
-            integration._hf_deepspeed_config_weak_ref = sharding
+        unset_hf_deepspeed_config()
 
     @contextlib.contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:

@@ -60,8 +60,8 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
         evaluation = to_dataset(cfg.eval_dataset, tokenizer, cfg, progress) if cfg.eval_dataset else None
         reporter = Reporter(progress, tracker)
         arguments = trainer_config(cfg, has_eval=evaluation is not None)
-        with runtime.whole_models():
-            lm = load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
+        runtime.load_models_whole()  # after `trainer_config`, which asks for the opposite
+        lm = load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
         handle = apply_tuning(lm, cfg.tuning, runtime.dtype)
         try:
             trainer = SplitFreeTrainer(

@@ -1,6 +1,6 @@
 """Checkpoints of supervised fine-tuning, by the contract of `rlhf.checkpoint`.
 
-    step_N/{trainable, optimizer, rng}.safetensors, state.json, trainer_state.json, MANIFEST.json
+    step_N/{trainable, optimizer, rng_<rank>}.safetensors, state.json, trainer_state.json, MANIFEST.json
 
 Under DeepSpeed its own shards take the place of the first two; they are opened behind a verified manifest only.
 """
@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from rlhf.checkpoint import (
     STATE,
@@ -101,8 +103,7 @@ class SFTSaver:
 
     def save(self, trainer: Any) -> None:
         """Write the state after `trainer.state.global_step` steps; every rank takes part."""
-        tensors, plain = rng_state()
-        ranks = self._runtime.gather_objects([{"tensors": tensors, "rng": plain, "loss": float(trainer._tr_loss)}])
+        rng = self._runtime.gather_objects([rng_state()])
         parameters = (p for p in trainer.model.parameters() if p.requires_grad)
         size = BYTES_PER_PARAMETER * sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         step = trainer.state.global_step
@@ -111,21 +112,21 @@ class SFTSaver:
                 frozen_left_out = hasattr(trainer.model, "unload")  # as transformers reads them: LoRA alone
                 trainer.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=frozen_left_out)
             if self._runtime.is_main:
-                self._write(folder, trainer, ranks)
+                self._write(folder, trainer, rng)
 
-    def _write(self, folder: Path, trainer: Any, ranks: list[Json]) -> None:
-        """What is the same on every rank, and the little that each has of its own."""
+    def _write(self, folder: Path, trainer: Any, rng: list[tuple[dict[str, Tensor], Json]]) -> None:
+        """What is the same on every rank, and the random states of each."""
         state: Json = {
             "scheduler": trainer.lr_scheduler.state_dict(),
             "counts": trainer.counts(),
-            "ranks": [{"rng": rank["rng"], "loss": rank["loss"]} for rank in ranks],
+            "rng": [plain for _, plain in rng],
         }
         if not trainer.is_deepspeed_enabled:
-            tensors, state["optimizer"] = flatten_optimizer(trainer.optimizer.state_dict())
-            write_tensors(folder / "optimizer.safetensors", tensors)
+            moments, state["optimizer"] = flatten_optimizer(trainer.optimizer.state_dict())
+            write_tensors(folder / "optimizer.safetensors", moments)
             write_tensors(folder / "trainable.safetensors", trainable_tensors(trainer.model))
-        rng = {f"{i}.{name}": tensor for i, rank in enumerate(ranks) for name, tensor in rank["tensors"].items()}
-        write_tensors(folder / "rng.safetensors", rng)
+        for rank, (tensors, _) in enumerate(rng):
+            write_tensors(folder / f"rng_{rank}.safetensors", tensors)
         trainer.state.save_to_json(str(folder / TRAINER_STATE))
         atomic_write(folder / STATE, json.dumps(state))
 
@@ -144,20 +145,14 @@ class SFTSaver:
         trainer.lr_scheduler.load_state_dict(found.state["scheduler"])
 
     def load_counts(self, trainer: Any) -> None:
-        """Random states and what was counted since the last line of metrics.
+        """What was counted until then."""
+        trainer.restore_counts(self._checkpoint.state["counts"])
 
-        On another number of ranks there is no random state to go on with; only LoRA's dropout draws from it.
-        """
-        found, rank = self._checkpoint, self._runtime.rank
-        ranks = found.state["ranks"]
-        trainer.restore_counts(found.state["counts"])
-        if len(ranks) == self._runtime.world_size:
-            tensors, prefix = found.tensors("rng"), f"{rank}."
-            mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            restore_rng(mine, ranks[rank]["rng"])
-            trainer._tr_loss.fill_(ranks[rank]["loss"])
-        else:
-            trainer._tr_loss.fill_(sum(rank["loss"] for rank in ranks) / len(ranks))
+    def load_rng(self) -> None:
+        """This rank's random states. Another number of ranks has none to go on with: only dropout draws from them."""
+        plain, rank = self._checkpoint.state["rng"], self._runtime.rank
+        if len(plain) == self._runtime.world_size:
+            restore_rng(self._checkpoint.tensors(f"rng_{rank}"), plain[rank])
 
     @property
     def _checkpoint(self) -> Checkpoint:

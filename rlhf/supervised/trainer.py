@@ -25,6 +25,7 @@ class SplitFreeTrainer(SFTTrainer):
         super().__init__(**kwargs)
         self._saver = saver
         self._sums = {"train": dict.fromkeys(_SUMS, 0.0), "eval": dict.fromkeys(_SUMS, 0.0)}
+        self._logged_step = 0
         self.add_callback(SaveWhenDue(saver))
 
     def run(self) -> None:
@@ -65,12 +66,12 @@ class SplitFreeTrainer(SFTTrainer):
         """TRL's loss. Beside it, sums over tokens and ranks: TRL averages over micro-batches, whatever their size."""
         mode = "train" if self.model.training else "eval"
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
+        loss = (result[0] if return_outputs else result).detach()
         trained = (inputs["labels"][..., 1:] != -100).sum()
-        is_filler = not bool(trained)
         read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["labels"].numel()
-        local = [trained, loss.detach() * trained, is_filler * read]
-        tokens, loss_sum, filled = self._summed(local)
+        # In training the loss is this rank's part of the batch's mean, times the ranks; else a mean of its own rows.
+        weight = 1 / self.accelerator.num_processes if mode == "train" else trained
+        tokens, loss_sum, filled = self._summed([trained, loss * weight, read * (trained == 0)])
         sums = self._sums[mode]
         sums["tokens"] += tokens
         sums["loss"] += loss_sum
@@ -86,14 +87,16 @@ class SplitFreeTrainer(SFTTrainer):
         return summed.tolist()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with means over all tokens since the last time."""
-        mode = "train" if self.model.training else "eval"
-        sums = self._sums[mode]
+        """TRL's, with means over all tokens since the last time, and of the loss over the steps."""
+        mode = "eval" if "eval_loss" in logs else "train"
+        sums, self._sums[mode] = self._sums[mode], dict.fromkeys(_SUMS, 0.0)
         if sums["tokens"]:
             self._metrics[mode]["mean_token_accuracy"] = [sums["correct"] / sums["tokens"]]
-            if "eval_loss" in logs:
-                logs["eval_loss"] = sums["loss"] / sums["tokens"]
-        self._sums[mode] = dict.fromkeys(_SUMS, 0.0)
+        if mode == "eval":
+            logs["eval_loss"] = sums["loss"] / max(1.0, sums["tokens"])
+        elif "loss" in logs:
+            logs["loss"] = sums["loss"] / (self.state.global_step - self._logged_step)
+            self._logged_step = self.state.global_step
         super().log(logs, start_time)
 
     # --- checkpoints: what `transformers.Trainer` calls, in our own format ------------------------------
@@ -107,26 +110,20 @@ class SplitFreeTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._saver.load_optimizer(self)
+            self._saver.load_counts(self)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:  # called right before the first step, when all counters stand at 0
-            self._saver.load_counts(self)
+        if checkpoint is not None:
+            self._saver.load_rng()
 
     def counts(self) -> dict[str, Any]:
         """What was counted in all, and since the last line of metrics."""
-        return {
-            "tokens": self._total_train_tokens,
-            "sums": self._sums["train"],
-            "metrics": dict(self._metrics["train"]),
-            "logged_step": self._globalstep_last_logged,
-        }
+        return {"tokens": self._total_train_tokens, "sums": self._sums["train"], "logged_step": self._logged_step}
 
     def restore_counts(self, counts: dict[str, Any]) -> None:
         """Go on counting from what `counts` gave."""
-        self._total_train_tokens = counts["tokens"]
+        self._total_train_tokens, self._logged_step = counts["tokens"], counts["logged_step"]
         self._sums["train"] = dict(counts["sums"])
-        self._metrics["train"].update(counts["metrics"])
-        self._globalstep_last_logged = counts["logged_step"]
 
 
 class SaveWhenDue(TrainerCallback):
