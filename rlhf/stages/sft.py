@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Collection
@@ -43,42 +42,40 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
 
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     tokenizer = load_tokenizer(cfg.model)
-    with Progress(stage="sft", enabled=runtime.is_main) as progress, contextlib.ExitStack() as stack:
+    with Progress(stage="sft", enabled=runtime.is_main) as progress:
         saver = SFTSaver.open(cfg, runtime, resume=options.resume, say=progress.say)
-        tracker = stack.enter_context(
-            Tracker.open(
-                cfg.run_dir,
-                cfg.tracking,
-                stage="sft",
-                config=cfg.model_dump(mode="json"),
-                enabled=runtime.is_main,
-                resume_step=saver.found.step if saver.found else None,
-                say=progress.say,
-            )
-        )
-        train = to_dataset(cfg.dataset, tokenizer, cfg, progress)
-        evaluation = to_dataset(cfg.eval_dataset, tokenizer, cfg, progress) if cfg.eval_dataset else None
-        reporter = Reporter(progress, tracker)
-        arguments = trainer_config(cfg, has_eval=evaluation is not None)
-        runtime.load_models_whole()  # after `trainer_config`, which asks for the opposite
-        lm = load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
-        handle = apply_tuning(lm, cfg.tuning, runtime.dtype)
-        try:
-            trainer = SplitFreeTrainer(
-                saver,
-                model=handle,
-                args=arguments,
-                train_dataset=train,
-                eval_dataset=evaluation,
-                processing_class=tokenizer,
-                callbacks=[reporter],
-            )
-        except (TypeError, ValueError) as error:  # values that contradict one another
-            raise ConfigError(f"trainer: trl.SFTTrainer refuses it: {error}", fix="correct the value") from error
-        trainer.remove_callback(_printer_callback())
-        if runtime.is_main:
-            show_examples(progress.console, tokenizer, "SFT (prompt and completion)", trained_examples(trainer))
-        trainer.run()
+        with Tracker.open(
+            cfg.run_dir,
+            cfg.tracking,
+            stage="sft",
+            config=cfg.model_dump(mode="json"),
+            enabled=runtime.is_main,
+            resume_step=saver.found.step if saver.found else None,
+            say=progress.say,
+        ) as tracker:
+            train = to_dataset(cfg.dataset, tokenizer, cfg, progress)
+            evaluation = to_dataset(cfg.eval_dataset, tokenizer, cfg, progress) if cfg.eval_dataset else None
+            reporter = Reporter(progress, tracker)
+            arguments = trainer_config(cfg, has_eval=evaluation is not None)
+            runtime.load_models_whole()  # after `trainer_config`, which asks for the opposite
+            lm = load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
+            handle = apply_tuning(lm, cfg.tuning, runtime.dtype)
+            try:
+                trainer = SplitFreeTrainer(
+                    saver,
+                    model=handle,
+                    args=arguments,
+                    train_dataset=train,
+                    eval_dataset=evaluation,
+                    processing_class=tokenizer,
+                    callbacks=[reporter],
+                )
+            except (TypeError, ValueError) as error:  # values that contradict one another
+                raise ConfigError(f"trainer: trl.SFTTrainer refuses it: {error}", fix="correct the value") from error
+            trainer.remove_callback(_printer_callback())
+            if runtime.is_main:
+                show_examples(progress.console, tokenizer, "SFT (prompt and completion)", trained_examples(trainer))
+            trainer.run()
     final = Path(cfg.run_dir) / "final"
     with runtime.gathered(handle):
         if runtime.is_main:

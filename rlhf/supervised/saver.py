@@ -54,7 +54,7 @@ class SFTSaver:
         self._meta: Json = {
             "config": split_free_fingerprint(cfg),
             "rows_per_step": cfg.batch_size * runtime.world_size,
-            "inputs": digests(named_data(cfg) | named_models(cfg), exact=True),
+            "inputs": digests(named_data(cfg) | named_models(cfg), exact=True) if runtime.is_main else {},
             "world_size": runtime.world_size,
             "zero_stage": runtime.zero_stage if runtime.uses_deepspeed else None,
         }

@@ -8,6 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from rlhf.checkpoint import (
     atomic_write,
     export_folder,
     flatten_optimizer,
+    read_checkpoint,
     read_tensors,
     restore_rng,
     rng_state,
@@ -466,3 +469,57 @@ def test_an_export_never_deletes_what_is_not_its_own(tmp_path: Path) -> None:
         (staging / "model.txt").write_text("new")
     assert (tmp_path / "final.aside-1" / "thesis.txt").read_text() == "dear"
     assert sorted(verify_folder(final)["files"]) == ["model.txt"]
+
+
+# --- several ranks ----------------------------------------------------------------------------------------
+
+
+def test_ranks_fill_one_folder_that_rank_0_commits_when_all_are_done(tmp_path: Path) -> None:
+    """Two ranks as threads, a barrier between them as between processes."""
+    meeting = threading.Barrier(2, timeout=20)
+    seen: list[bool] = []
+
+    def rank(number: int) -> None:
+        store = Checkpoints(tmp_path, writer=number == 0)
+        with store.staged(3, META, needed=100, barrier=meeting.wait) as folder:
+            if number == 1:
+                time.sleep(0.1)  # the slowest one is waited for
+            (folder / f"shard_{number}").write_text("x")
+            if number == 0:
+                (folder / "state.json").write_text("{}")
+        seen.append((tmp_path / "checkpoints" / "step_3" / MANIFEST).is_file())
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [True, True]
+    found = read_checkpoint(tmp_path / "checkpoints" / "step_3")
+    assert (found.step, found.meta) == (3, META)
+    assert {"shard_0", "shard_1"} <= verify_folder(found.path)["files"].keys()
+    assert not list((tmp_path / "checkpoints").glob(".staging*"))
+
+
+def test_a_rank_that_fails_leaves_no_checkpoint(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path)
+    save(store, 1)
+
+    def interrupted() -> None:
+        with store.staged(2, META, needed=0) as folder:
+            (folder / "state.json").write_text("{}")
+            raise OSError("no space left")
+
+    with pytest.raises(CheckpointError, match=r"cannot write .*step_2: no space left"):
+        interrupted()
+    assert store.steps() == [1]
+    assert [path.name for path in store.folder.iterdir()] == ["step_1"]
+
+
+def test_a_folder_of_another_kind_is_no_checkpoint(tmp_path: Path) -> None:
+    with export_folder(tmp_path / "final") as folder:
+        (folder / "model.safetensors").write_text("x")
+    with pytest.raises(CheckpointError, match="final holds no checkpoint"):
+        read_checkpoint(tmp_path / "final")
+    with pytest.raises(CheckpointError, match=r"nowhere has no MANIFEST\.json"):
+        read_checkpoint(tmp_path / "nowhere")
