@@ -123,6 +123,11 @@ class SFTStage(StageConfig):
     max_length: Positive = 1024
     packing: bool = False
     completion_only_loss: bool = True
+    save_every: Annotated[int, Field(ge=0)] = Field(default=100, description="in steps; 0: only the end")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    save_in_background: bool = Field(
+        default=False, description="train on while a checkpoint is written; takes its size in CPU memory"
+    )
     trainer: dict[str, Any] = Field({}, description="passed through to trl.SFTConfig, whose keys are checked")
 
     @model_validator(mode="after")

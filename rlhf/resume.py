@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from rlhf.errors import CheckpointError
 from rlhf.runs import RunOptions, digests, environment, learned_fingerprint, named_data, named_models
 from rlhf.runtime import Runtime
 from rlhf.sharding import TrainState
+from rlhf.tensor_files import TensorFiles
 
 TERMINATED = 128 + 15
 """Exit code of a run that was asked to end (SIGTERM) and saved what it had."""
@@ -33,6 +35,7 @@ class Resume:
         self._cfg, self._runtime, self._store, self._found = cfg, runtime, store, found
         self._train_state: TrainState | None = None
         self._state_now: Callable[[], dict[str, Any]] = dict
+        self._tensors_now: Callable[[], dict[str, dict[str, Tensor]]] = dict
         self._meta = self._describe()
         self.first_step = found.step if found else 0
         self.state: dict[str, Any] = found.state if found else {}
@@ -82,18 +85,36 @@ class Resume:
                 if parameter.requires_grad:
                     parameter.copy_(files.part(name, 0, parameter.numel()).view_as(parameter))
 
-    def attach(self, module: Any, optimizer: Any, *, state: Callable[[], dict[str, Any]] = dict) -> None:
+    def attach(
+        self,
+        module: Any,
+        optimizer: Any,
+        *,
+        state: Callable[[], dict[str, Any]] = dict,
+        tensors: Callable[[], dict[str, dict[str, Tensor]]] = dict,
+    ) -> None:
         """Moments of the checkpoint, if there is one, into the optimizer; both are saved from now on.
 
         Args:
             module: unwrapped.
             optimizer: as `Runtime.prepare` gave it.
             state: gives what the stage needs besides; JSON types with text keys. It is found in `Resume.state` again.
+            tensors: likewise, of this rank: file name -> name -> tensor; found again by `Resume.tensors`.
         """
-        self._state_now = state
+        self._state_now, self._tensors_now = state, tensors
         self._train_state = self._runtime.train_state(module, optimizer)
         if self._found is not None:
             self._train_state.load_moments(self._found.tensors("optimizer"))
+
+    def tensors(self, name: str) -> TensorFiles:
+        """What `attach` was told to save under this file name, of all ranks; there must be a checkpoint."""
+        assert self._found is not None, "nothing to go on from"
+        return self._found.tensors(name)
+
+    def is_due(self, step: int, total: int) -> bool:
+        """After the last of `total` steps there is no checkpoint: the finished model is written anyway."""
+        every = self._cfg.save_every
+        return bool(every) and step % every == 0 and step < total
 
     def save(self, step: int, *, in_background: bool = False) -> None:
         """The checkpoint after `step` steps; all ranks call it.
@@ -105,23 +126,25 @@ class Resume:
             CheckpointError: on all ranks, when one of them cannot write.
         """
         assert self._train_state is not None, "attach comes first"
-        tensors = {"trainable": self._train_state.weights(), "optimizer": self._train_state.moments()}
+        own = {"trainable": self._train_state.weights(), "optimizer": self._train_state.moments()}
+        tensors = {**self._tensors_now(), **own}
         self._store.save(step, tensors, self._state_now(), self._meta, in_background=in_background)
 
     def save_if_due(self, step: int, total: int) -> None:
         """After 0-based `step`: a checkpoint every `save_every` steps, and when the run is asked to end, which it does.
 
-        After the last of `total` steps there is none: the finished model is written anyway.
-
         Raises:
             SystemExit: with code `TERMINATED`, on all ranks, once the checkpoint is written.
         """
-        every = self._cfg.save_every
         if self._runtime.is_asked_to_end():
             self.save_and_end(step + 1)
         self._store.commit_if_written()
-        if every and (step + 1) % every == 0 and step + 1 < total:
+        if self.is_due(step + 1, total):
             self.save(step + 1, in_background=self._cfg.save_in_background)
+
+    def commit_if_written(self) -> None:
+        """Make a checkpoint that was written in the background valid, if it is complete; all ranks call it."""
+        self._store.commit_if_written()
 
     def finish(self) -> None:
         """Wait for a checkpoint that is still being written."""

@@ -31,6 +31,7 @@ class Runtime:
 
     def __init__(self, accelerator: Any, precision: str) -> None:
         self._accelerator = accelerator
+        self._plugin: Any = getattr(accelerator.state, "deepspeed_plugin", None)  # transformers' trainer resets states
         self.precision = precision
         self.dtype = _DTYPES[precision]
         self.device: torch.device = accelerator.device
@@ -74,14 +75,17 @@ class Runtime:
         runtime = cls(accelerator, precision)
         if runtime.uses_deepspeed:  # two lines for every exchange of weights, about names that DeepSpeed uses
             warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-        if runtime.zero_stage == 3:
-            # transformers would shard models while it loads them, before roles are made of them.
-            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-            unset_hf_deepspeed_config()
+        runtime.load_models_whole()
         random.seed(seed + runtime.rank)
         torch.manual_seed(seed + runtime.rank)
         return runtime
+
+    def load_models_whole(self) -> None:
+        """From now on models are read whole on every rank: under ZeRO-3 transformers would shard them as it reads."""
+        if self.zero_stage == 3:
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
 
     # --- forward and backward -------------------------------------------------------------------------
 
@@ -188,10 +192,6 @@ class Runtime:
     def uses_deepspeed(self) -> bool:
         """Whether parameters or optimizer state may be sharded."""
         return self._plugin is not None
-
-    @property
-    def _plugin(self) -> Any:
-        return getattr(self._accelerator.state, "deepspeed_plugin", None)
 
     # --- being asked to end ----------------------------------------------------------------------------
 

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 
 from rlhf.tensor_files import TensorFiles, piece_name
 
+_NUMBER = "#"
+"""Ends the entry of what an optimizer keeps as a plain number."""
+_NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -31,7 +35,7 @@ class Place:
 
 @dataclass
 class TrainState:
-    """Trained parameters and the state of their AdamW, whole or in parts.
+    """Trained parameters and the state of their optimizer, whole or in parts.
 
     Attributes:
         parameters: name -> trained parameter, in the same order on every rank.
@@ -65,8 +69,10 @@ class TrainState:
                 continue
             for key, value in self.optimizer.state.get(at.flat, {}).items():
                 entry = f"{name}:{key}"
-                if self.zero is None or key == "step":
-                    found |= {entry: value} if at.start == 0 else {}
+                if isinstance(value, bool | int | float):
+                    found[f"{entry}{_NUMBER}"] = torch.tensor(value, dtype=_NUMBERS[type(value)])
+                elif self.zero is None or key == "step":
+                    found |= {entry: value} if at.start == 0 and value is not None else {}
                 else:
                     found[piece_name(entry, at.start)] = value[at.offset : at.offset + at.count]
         return found
@@ -88,8 +94,16 @@ class TrainState:
 
     def _put(self, at: Place, key: str, entry: str, files: TensorFiles) -> None:
         state = self.optimizer.state[at.flat]
+        if key.endswith(_NUMBER):
+            state[key.removesuffix(_NUMBER)] = files.whole(entry).item()
+            return
         if key == "step":  # of each parameter; ZeRO steps all that lie in one flat tensor together
             state[key] = files.whole(entry).to(_step_device(self.optimizer, at.flat), copy=True)
+            return
+        if self.zero is None:  # a moment, or what another optimizer keeps, of whatever shape
+            value = files.whole(entry)
+            value = value.view_as(at.flat) if value.numel() == at.flat.numel() else value
+            state[key] = value.to(at.flat.device, copy=True)
             return
         if key not in state:
             state[key] = torch.zeros_like(at.flat, requires_grad=False)

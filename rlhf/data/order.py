@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -37,6 +38,22 @@ def positions_of_step(step: int, size: int, *, rank: int = 0, world_size: int = 
 def rows_for_step(step: int, size: int, rows: int, *, seed: int, rank: int = 0, world_size: int = 1) -> list[int]:
     """The rows that stand at `positions_of_step`."""
     return [row_at(i, rows, seed) for i in positions_of_step(step, size, rank=rank, world_size=world_size)]
+
+
+def rows_of_batch(index: int, size: int, rows: int, *, seed: int, epoch: int) -> list[int]:
+    """Rows of the 0-based batch `index` of an epoch, each row once an epoch; the last batch may be short."""
+    start = epoch * rows
+    return [row_at(start + i, rows, seed) for i in range(index * size, min(rows, (index + 1) * size))]
+
+
+def deal(rows: Sequence[int], *, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """This rank's micro-batches of one batch: every row goes to one rank, and all ranks get as many micro-batches.
+
+    Where rows are short a micro-batch may be empty: the ranks exchange gradients in step.
+    """
+    largest_share = -(-len(rows) // world_size)
+    mine = list(rows[rank::world_size])
+    return [mine[i : i + micro_batch_size] for i in range(0, largest_share, micro_batch_size)]
 
 
 _cache: dict[tuple[int, int, int], list[int]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,38 @@ from rlhf.models.adapters import save_adapter
 from rlhf.models.load import load_causal_lm, load_tokenizer
 from rlhf.models.tuning import apply_tuning, merge_tuning, storage_dtype
 from rlhf.progress import Progress
+from rlhf.resume import Resume
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
 from rlhf.tracking import Tracker
 from rlhf.types import RunResult
 
+OURS = (
+    *("save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "load_best_model_at_end"),
+    *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
+    *("train_sampling_strategy", "dataloader_drop_last", "auto_find_batch_size"),
+    *("average_tokens_across_devices", "accelerator_config", "deepspeed"),
+)
+"""Keys of trl for what `rlhf.supervised` does in its own way: checkpoints, and batches that no split changes."""
+
 
 def main(cfg: SFTStage, options: RunOptions) -> RunResult:
     """Train on the demonstrations; leaves `final/` and metrics.jsonl."""
-    from trl.trainer.sft_trainer import SFTTrainer
+    from rlhf.supervised.trainer import SplitFreeTrainer
 
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     tokenizer = load_tokenizer(cfg.model)
+    resume = Resume.open(cfg, options, runtime, say=print)
     with (
         Progress(stage="sft", enabled=runtime.is_main) as progress,
+        runtime.minding_sigterm(),
         Tracker.open(
             cfg.run_dir,
             cfg.tracking,
             stage="sft",
             config=cfg.model_dump(mode="json"),
             enabled=runtime.is_main,
-            resume_step=None,
+            resume_step=resume.first_step or None,
             say=progress.say,
         ) as tracker,
     ):
@@ -48,11 +60,16 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
         evaluation = to_dataset(cfg.eval_dataset, tokenizer, cfg, progress) if cfg.eval_dataset else None
         reporter = Reporter(progress, tracker)
         arguments = trainer_config(cfg, has_eval=evaluation is not None)
-        handle = apply_tuning(
-            load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype)), cfg.tuning, runtime.dtype
-        )
+        runtime.load_models_whole()  # after `trainer_config`, which asks for the opposite
+        lm = load_causal_lm(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype))
+        handle = apply_tuning(lm, cfg.tuning, runtime.dtype)
+        resume.load_weights(handle)
+        resume.begin()
         try:
-            trainer = SFTTrainer(
+            trainer = SplitFreeTrainer(
+                resume,
+                runtime,
+                in_background=cfg.save_in_background,
                 model=handle,
                 args=arguments,
                 train_dataset=train,
@@ -65,15 +82,14 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
         trainer.remove_callback(_printer_callback())
         if runtime.is_main:
             show_examples(progress.console, tokenizer, "SFT (prompt and completion)", trained_examples(trainer))
-        trainer.train()
+        trainer.run()
     final = Path(cfg.run_dir) / "final"
-    if runtime.is_main:
-        save_adapter(handle, Path(cfg.run_dir) / "adapter")
-    model = merge_tuning(handle)
-    if runtime.is_main:
-        with export_folder(final) as folder:
-            model.to(runtime.dtype).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+    with runtime.gathered(handle.parameters()):
+        if runtime.is_main:
+            save_adapter(handle, Path(cfg.run_dir) / "adapter")
+            with export_folder(final) as folder:
+                merge_tuning(handle).to(runtime.dtype).save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
     summary = {"demonstrations": len(train), "steps": trainer.state.global_step, **reporter.last}
     return RunResult(cfg.run_dir, summary, {"model": str(final)})
 
@@ -133,6 +149,7 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
         "max_length": cfg.max_length,
         "packing": cfg.packing,
         "completion_only_loss": cfg.completion_only_loss,
+        "save_strategy": "no",
         "seed": cfg.seed,
         "bf16": cfg.precision == "bf16",
         "use_cpu": on_cpu,
@@ -143,24 +160,29 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
     defaults = {
         "eval_strategy": "epoch" if has_eval else "no",
         "logging_steps": 1,
-        "save_strategy": "no",
         "gradient_checkpointing": False,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "dataloader_pin_memory": not on_cpu,
     }
     known = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
-    check_trainer_keys(cfg.trainer, known, ours)
+    check_trainer_keys(cfg.trainer, known, {*ours, *OURS})
     merged = {**defaults, **cfg.trainer, **ours}
     if "activation_checkpointing" in known:  # what transformers 5.20 calls it; the old name warns on every run
         merged.setdefault("activation_checkpointing", merged["gradient_checkpointing"])
     try:
-        return SFTConfig(**merged)
+        arguments = SFTConfig(**merged)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"trainer: trl.SFTConfig refuses it: {error}", fix="correct the value") from None
+    if arguments.deepspeed_plugin is not None:  # the launch file speaks for our own loops
+        arguments.deepspeed_plugin.deepspeed_config |= {
+            "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+            "gradient_clipping": arguments.max_grad_norm,
+        }
+    return arguments
 
 
-def check_trainer_keys(given: dict[str, Any], known: dict[str, Any], ours: dict[str, Any]) -> None:
+def check_trainer_keys(given: dict[str, Any], known: dict[str, Any], ours: Collection[str]) -> None:
     """`given` holds keys of trl (`known`, with their defaults) that are not `ours`, and values of their kind.
 
     Raises:
@@ -213,18 +235,22 @@ class Reporter(TrainerCallback):
         self._tokens = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._progress.phase("train", total=state.max_steps, unit="steps")
+        for logs in state.log_history:  # of the run that this one goes on with
+            self.last.update(self._metrics(logs))
+        self._progress.phase("train", total=state.max_steps, unit="steps", done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         shown = {"loss": self.last["loss/train"]} if "loss/train" in self.last else {}
         self._progress.advance(1, **shown)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        metrics = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in logs}
-        for theirs, ours in (("mean_token_accuracy", "train/token_accuracy"), ("num_tokens", "train/tokens")):
-            if theirs in logs and math.isfinite(float(logs[theirs])):
-                metrics[ours] = float(logs[theirs])
-        if metrics:
+        if metrics := self._metrics(logs or {}):
             self.last.update(metrics)
             self._tracker.log(state.global_step, metrics)
+
+    def _metrics(self, logs: dict[str, Any]) -> dict[str, float]:
+        found = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in logs}
+        for theirs, ours in (("mean_token_accuracy", "train/token_accuracy"), ("num_tokens", "train/tokens")):
+            if theirs in logs and math.isfinite(float(logs[theirs])):
+                found[ours] = float(logs[theirs])
+        return found

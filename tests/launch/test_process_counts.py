@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_FILES = ["multi_gpu", "zero1", "zero2", "zero3", "zero3_offload", "multi_node"]
-CPU_FILES = {"cpu": 1, "cpu_zero2": 2, "cpu_zero3": 2}
+CPU_FILES = {"cpu": 1, "cpu_zero1": 2, "cpu_zero2": 2, "cpu_zero3": 2}
 
 
 @pytest.fixture

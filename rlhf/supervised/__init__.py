@@ -1,0 +1,1 @@
+"""Supervised fine-tuning below its stage: batches, the trainer, its checkpoints."""
