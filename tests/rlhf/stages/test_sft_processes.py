@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -45,19 +46,26 @@ def run(command: list[str], environment: dict[str, str] | None = None, *, until:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         while until and process.poll() is None and not until.exists():
             time.sleep(0.01)
         if until:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
         said, _ = process.communicate(timeout=400)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
     assert process.returncode == (-signal.SIGKILL if until else 0), said[-6000:]
     return said
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher and to its workers, which are in sessions of their own."""
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        for each in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def free_port() -> int:

@@ -84,6 +84,22 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert again.summary == whole.summary
 
 
+def test_the_checkpoint_of_an_epoch_waits_for_its_evaluation(ragged_sft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that went on from the end of an epoch would not evaluate there, and the line would be lost."""
+    short = {"trainer": {"max_steps": 7}, "save_every": 6}
+    sft.main(whole := ragged_sft("whole", **short), RunOptions())
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitFreeTrainer, "evaluate", die)
+        with pytest.raises(Killed):
+            sft.main(cfg := ragged_sft("killed", **short), RunOptions())
+    sft.main(cfg, RunOptions())
+    assert left_by(cfg) == left_by(whole)
+
+
 def test_a_resumed_run_reads_every_row_that_was_left_once(ragged_sft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[list[list[int]]] = []
     step = SplitFreeTrainer.training_step
