@@ -46,3 +46,7 @@ class StageError(RlhfError):
 
 class InvariantError(RlhfError):
     """A run-time assertion on the algorithm failed: going on would train on wrong numbers."""
+
+
+class MemoryLimitError(RlhfError):
+    """Memory ran out; names the phase and the settings to lower."""

@@ -39,7 +39,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
 
 
 def remove_torn(folder: Path) -> None:
-    """Remove what was left below `folder` by an `atomic_write` whose process was killed; nobody else may write there."""
+    """Remove what an `atomic_write` left below `folder` when its process was killed; nobody may be writing there."""
     for path in folder.rglob(".*.tmp"):
         if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
             with contextlib.suppress(OSError):

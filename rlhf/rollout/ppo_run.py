@@ -20,7 +20,7 @@ from rlhf.rollout.buffer import RolloutBuffer
 from rlhf.rollout.profile import StepProfile, StepRecord, table
 from rlhf.rollout.work import StepWork, row_lengths
 from rlhf.runs import RunOptions
-from rlhf.runtime import Runtime
+from rlhf.runtime import Runtime, explaining_memory
 from rlhf.tracking import Tracker
 from rlhf.types import KLController, Rollout, RolloutBatch, RunResult
 
@@ -52,7 +52,7 @@ class PPORun:
         self._resume = resume
         self._kl_control = kl_control
         self._seconds: dict[str, float] = {}
-        self._last: dict[str, float] = {}
+        self._last: dict[str, float] = resume.state.get("metrics", {})
         self._work = work
         self._profile: StepProfile | None = None
         if profiled:
@@ -107,10 +107,21 @@ class PPORun:
         began = time.perf_counter()
         total = self.cfg.batch_size * self.cfg.sampling.max_new_tokens if name == "generate" else None
         with self.progress.phase(name, total=total, unit="tokens"), torch.profiler.record_function(name):
-            with contextlib.suppress(SamplingEnded):
+            with contextlib.suppress(SamplingEnded), explaining_memory(name, self._smaller(name)):
                 yield
             self._runtime.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def _smaller(self, phase: str) -> str:
+        """How a phase takes less memory, in a run that then goes on from its checkpoint."""
+        cfg = self.cfg
+        if phase == "generate":
+            return f"lower sampling.batch_size, which is {cfg.sampling.batch_size}"
+        size = f"micro_batch_size, which is {cfg.micro_batch_size}"
+        fix = f"lower {size}, or micro_batch_tokens, which is {cfg.micro_batch_tokens}"
+        if phase == "update" and not cfg.gradient_checkpointing:
+            fix += "; or set gradient_checkpointing: true"
+        return fix
 
     def log(self, step: int, metrics: dict[str, float], batch: RolloutBatch, rollouts: Sequence[Rollout]) -> None:
         """Metrics with `time/*` (seconds) and, of all ranks per second, sampled tokens and model FLOPs; a few
@@ -176,7 +187,7 @@ class PPORun:
         self._resume.save_if_due(step, self.cfg.steps, self._state)
 
     def _state(self) -> dict[str, Any]:
-        return {"kl_control": self._kl_control.state_dict()}
+        return {"kl_control": self._kl_control.state_dict(), "metrics": self._last}
 
     @contextlib.contextmanager
     def keeping_on_failure(self, step: int, rollouts: Sequence[Rollout]) -> Iterator[None]:
