@@ -32,7 +32,7 @@ from rlhf.models.value import NORMALISATION_FILE, ScalarModel, load_scalar_model
 from rlhf.progress import Progress
 from rlhf.resume import Resume
 from rlhf.runs import RunOptions
-from rlhf.runtime import Runtime
+from rlhf.runtime import Runtime, explaining_memory
 from rlhf.tracking import Tracker
 from rlhf.types import RunResult
 
@@ -151,7 +151,8 @@ def fit(
     for step in range(resume.first_step, total):
         rows = rows_for_step(step, size, len(train), seed=cfg.seed, rank=runtime.rank, world_size=runtime.world_size)
         lr = set_lr(optimizer, cfg.optim, step, total)
-        metrics = train_step(module, optimizer, [train[i] for i in rows], cfg, runtime, share_prompts=share_prompts)
+        with explaining_memory("train", f"lower micro_batch_size, which is {cfg.micro_batch_size}"):
+            metrics = train_step(module, optimizer, [train[i] for i in rows], cfg, runtime, share_prompts=share_prompts)
         tracker.log(step + 1, {**metrics, "lr": lr})
         progress.advance(1, loss=metrics["loss/train"], accuracy=metrics["train/accuracy"])
         resume.save_if_due(step, total)

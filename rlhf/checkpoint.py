@@ -426,6 +426,7 @@ def export_folder(path: str | Path, meta: Json | None = None) -> Iterator[Path]:
 
     Raises:
         OSError: the disk is full or the folder not writable; what was there is untouched.
+        CheckpointError: the same, where safetensors says so.
     """
     path = Path(path).resolve()
     staging, old = (path.with_name(f".{word}-{path.name}") for word in ("staging", "old"))
@@ -441,5 +442,7 @@ def export_folder(path: str | Path, meta: Json | None = None) -> Iterator[Path]:
             taken = len(list(path.parent.glob(f"{path.name}.aside-*")))
             os.rename(path, path.with_name(f"{path.name}.aside-{taken + 1}"))
         _swap_in(staging, path, aside=old)
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot write {path}: {error}", fix=_DISK_FIX) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already, unless something failed

@@ -54,3 +54,7 @@ class InvariantError(RlhfError):
 
 class RewardError(RlhfError):
     """Too many rollouts of a step got no score."""
+
+
+class MemoryLimitError(RlhfError):
+    """Memory ran out; names the phase and the settings to lower."""

@@ -174,8 +174,13 @@ def peak_rss_gb() -> float:
 
 
 def learned_fingerprint(cfg: StageConfig, *, processes: int = 1) -> str:
-    """Fingerprint of every key that changes what is learned; of `batch_size`, which counts per process, the whole."""
+    """Fingerprint of every key that changes what is learned; of `batch_size`, which counts per process, the whole.
+
+    How many answers are sampled at a time is free with our own engine: each draws from a seed of its own.
+    """
     keys = {k: v for k, v in cfg.model_dump(mode="json").items() if k not in FREE_TO_CHANGE}
+    if (sampling := keys.get("sampling") or {}).get("engine") == "native":
+        keys["sampling"] = {k: v for k, v in sampling.items() if k != "batch_size"}
     return fingerprint(keys | ({"batch_size": keys["batch_size"] * processes} if "batch_size" in keys else {}))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import ConfigError, InvariantError
+from rlhf.errors import ConfigError, InvariantError, MemoryLimitError
 from rlhf.sharding import TrainState, gathered, make_whole
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,6 +61,8 @@ class Runtime:
         # accelerate with DeepSpeed on CPU believes that every rank is alone unless the backend is named.
         name_backend = launched > 1 and not torch.cuda.is_available()
         group = InitProcessGroupKwargs(timeout=_timeout(), **({"backend": "gloo"} if name_backend else {}))
+        if launched > 1:
+            _wait_no_longer_than(_timeout())
         # accelerate's launcher does not hand `use_cpu` on: unasked, every rank would train alone.
         on_cpu = name_backend and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group] if launched > 1 else [])
@@ -265,11 +267,36 @@ class Runtime:
         return max(1.0, float(total)) / self.world_size
 
 
+@contextlib.contextmanager
+def explaining_memory(phase: str, fix: str) -> Iterator[None]:
+    """What to do where torch or Python says that there is no memory left, on the CPU or on a GPU.
+
+    Raises:
+        MemoryLimitError: memory ran out in here.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MemoryLimitError(f"out of memory in the phase {phase!r}: {said}", fix=fix) from error
+
+
 def _timeout() -> timedelta:
     text = os.environ.get("RLHF_TIMEOUT_S", "1800")
     if not text.isdigit() or not int(text):
         raise ConfigError(f"RLHF_TIMEOUT_S is {text!r}, not a number of seconds", fix="unset it, or set e.g. 1800")
     return timedelta(seconds=int(text))
+
+
+def _wait_no_longer_than(timeout: timedelta) -> None:
+    """For groups of ranks that are made without a timeout, too, as DeepSpeed makes its own: torch's is 30 minutes."""
+    from torch.distributed import distributed_c10d
+
+    defaults: Any = distributed_c10d
+    defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
 
 
 def keep_freed_memory() -> None:

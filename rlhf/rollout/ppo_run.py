@@ -21,7 +21,7 @@ from rlhf.rollout.profile import StepProfile, StepRecord, table
 from rlhf.rollout.watch import Watch
 from rlhf.rollout.work import StepWork, row_lengths
 from rlhf.runs import RunOptions
-from rlhf.runtime import Runtime
+from rlhf.runtime import Runtime, explaining_memory
 from rlhf.tracking import Tracker
 from rlhf.types import Rollout, RolloutBatch, RunResult
 
@@ -109,10 +109,21 @@ class PPORun:
         began = time.perf_counter()
         total = self.cfg.batch_size * self.cfg.sampling.max_new_tokens if name == "generate" else None
         with self.progress.phase(name, total=total, unit="tokens"), torch.profiler.record_function(name):
-            with contextlib.suppress(SamplingEnded):
+            with contextlib.suppress(SamplingEnded), explaining_memory(name, self._smaller(name)):
                 yield
             self._runtime.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def _smaller(self, phase: str) -> str:
+        """How a phase takes less memory, in a run that then goes on from its checkpoint."""
+        cfg = self.cfg
+        if phase == "generate":
+            return f"lower sampling.batch_size, which is {cfg.sampling.batch_size}"
+        size = f"micro_batch_size, which is {cfg.micro_batch_size}"
+        fix = f"lower {size}, or micro_batch_tokens, which is {cfg.micro_batch_tokens}"
+        if phase == "update" and not cfg.gradient_checkpointing:
+            fix += "; or set gradient_checkpointing: true"
+        return fix
 
     def log(self, step: int, metrics: dict[str, float], batch: RolloutBatch, rollouts: Sequence[Rollout]) -> None:
         """Metrics with `time/*` (seconds) and, of all ranks per second, sampled tokens and model FLOPs; a few

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_runs import Forked, start_server
+from forked_runs import Forked, start_ranks, start_server
 
 from rlhf.config import dump
 
@@ -38,5 +38,28 @@ def finished(tmp_path: Path, config: Callable[..., list[str]]) -> Callable[..., 
         process = Forked(config(name, **changes), tmp_path / f"{name}.log")
         assert process.end() == 0, process.said()
         return tmp_path / name
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_before() -> dict[str, Path]:
+    """Unharmed runs of several ranks, which any test may compare with."""
+    return {}
+
+
+@pytest.fixture
+def finished_ranks(
+    tmp_path: Path, config: Callable[..., list[str]], finished_before: dict[str, Path]
+) -> Callable[..., Path]:
+    """`finished_ranks(zero, ...)`: the folder of a run of two ranks that nothing happened to."""
+
+    def run(zero: int, **changes: Any) -> Path:
+        key = f"{zero} {sorted(changes.items())}"
+        if key not in finished_before:
+            ranks = start_ranks(config("unharmed", batch_size=4, **changes), tmp_path / "unharmed logs", zero=zero)
+            assert [rank.end() for rank in ranks] == [0, 0], ranks[0].said()
+            finished_before[key] = tmp_path / "unharmed"
+        return finished_before[key]
 
     return run

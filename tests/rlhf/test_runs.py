@@ -162,6 +162,15 @@ def test_keys_that_change_nothing_learned_are_keys_of_ppo(stage_config: Any, key
     assert learned_fingerprint(before) != learned_fingerprint(stage_config("ppo", gamma=0.5))
 
 
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_answers_at_a_time_are_free_where_each_has_a_seed_of_its_own(stage_config: Any, engine: str) -> None:
+    sampling = {"max_new_tokens": 10, "engine": engine}
+    prints = [learned_fingerprint(stage_config("ppo", sampling=sampling | {"batch_size": n})) for n in (16, 4)]
+    assert (prints[0] == prints[1]) == (engine == "native")
+    longer = stage_config("ppo", sampling=sampling | {"max_new_tokens": 11, "batch_size": 4})
+    assert learned_fingerprint(longer) != prints[1]
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
