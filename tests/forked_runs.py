@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 _context = multiprocessing.get_context("forkserver")
+_started: list[Forked] = []
 
 
 class Forked:
@@ -51,11 +52,11 @@ class Forked:
     ) -> None:
         self.log = log
         settings = (arguments, str(log), ENVIRONMENT | (environment or {}), prepare, given)
-        # Daemons do not outlive the tests, whatever happens to these.
         self._process = _context.Process(target=_run, args=settings, daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        _started.append(self)
 
     def send(self, number: signal.Signals) -> None:
         """Nothing, if the process has ended already."""
@@ -77,6 +78,15 @@ class Forked:
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+
+def kill_all() -> None:
+    """End what was started and still runs, stopped processes too."""
+    for process in _started:
+        if process.runs:
+            process.send(signal.SIGKILL)
+            process.end()
+    _started.clear()
 
 
 def start_server() -> None:

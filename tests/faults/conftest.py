@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_runs import Forked, start_ranks, start_server
+from forked_runs import Forked, kill_all, start_ranks, start_server
 
 from rlhf.config import dump
 
@@ -15,6 +15,12 @@ from rlhf.config import dump
 @pytest.fixture(scope="session", autouse=True)
 def server() -> None:
     start_server()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    yield
+    kill_all()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import Launched
 from safetensors.torch import load_file
 
 from rlhf.config import dump
@@ -48,6 +49,13 @@ def finish(*agents: subprocess.Popen[str]) -> None:
     assert [agent.returncode for agent in agents] == [0] * len(agents), "\n\n".join(said)
 
 
+def assert_same_parameters(run: Path, other: Path) -> None:
+    for folder in ("final", "critic"):
+        mine, others = (load_file(path / folder / "model.safetensors") for path in (run, other))
+        assert mine.keys() == others.keys()
+        assert all(bool((mine[name] == others[name]).all()) for name in mine), folder
+
+
 @pytest.mark.slow
 def test_two_nodes_end_where_one_node_with_two_processes_ends(agent: Callable[..., Any], tmp_path: Path) -> None:
     meeting = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}", "PET_RDZV_ID": "test"}
@@ -57,7 +65,38 @@ def test_two_nodes_end_where_one_node_with_two_processes_ends(agent: Callable[..
     finish(agent("processes", "--num_processes", "2"))
     lines = [json.loads(line) for line in (tmp_path / "nodes" / "metrics.jsonl").read_text().splitlines()]
     assert [line["episode"] for line in lines] == [2 * BATCH_SIZE * (step + 1) for step in range(STEPS)]
-    for folder in ("final", "critic"):
-        nodes, processes = (load_file(tmp_path / run / folder / "model.safetensors") for run in ("nodes", "processes"))
-        assert nodes.keys() == processes.keys()
-        assert all(bool((nodes[name] == processes[name]).all()) for name in nodes), folder
+    assert_same_parameters(tmp_path / "nodes", tmp_path / "processes")
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_replaced_and_the_job_ends_where_it_would_have(
+    tmp_path: Path, stage_config: Callable[..., Any]
+) -> None:
+    """The agent of one node is killed with its process after the first checkpoint; the same command takes its place."""
+    steps, meeting = 8, {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}", "PET_RDZV_ID": "lost"}
+
+    def start(run: str, log: str, *options: str, **environment: str) -> Launched:
+        cfg = stage_config("ppo", run_dir=str(tmp_path / run), steps=steps, batch_size=BATCH_SIZE, save_every=1)
+        (tmp_path / f"{run}.yaml").write_text(dump(cfg), encoding="utf-8")
+        return Launched(
+            "cpu_zero2.yaml", [*options], ["ppo", str(tmp_path / f"{run}.yaml")], tmp_path / log, environment
+        )
+
+    def node(log: str, *, host: bool) -> Launched:
+        options = ("--num_processes", "1", "--rdzv_backend", "c10d", "--max_restarts", "3")
+        return start("nodes", log, *options, "--rdzv_conf", f"is_host={str(host).lower()}", **meeting)
+
+    agents = [node("host.log", host=True), node("guest.log", host=False)]
+    try:
+        agents[0].wait_for((tmp_path / "nodes" / "checkpoints" / "step_1").exists)
+        agents[1].kill()
+        agents.append(node("guest_again.log", host=False))
+        for agent in (agents[0], agents[2]):
+            assert agent.end() == 0, agents[0].said() + agents[2].said()
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert "going on after step" in agents[0].said() + agents[2].said()
+    alone = start("alone", "alone.log", "--num_processes", "2")
+    assert alone.end() == 0, alone.said()
+    assert_same_parameters(tmp_path / "nodes", tmp_path / "alone")
