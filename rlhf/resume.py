@@ -198,10 +198,18 @@ class Resume:
         meta, now = found.meta, self._meta
         text = ""
         if any(meta.get(key) != now[key] for key in ("processes", "zero_stage")):
-            text += f", which {meta.get('processes')} processes under ZeRO-{meta.get('zero_stage')} wrote"
-        if (meta.get("environment") or {}).get("packages") != now["environment"]["packages"]:
-            text += "; packages have other versions now, so bits may differ"
+            text += f", which {_kind(meta)} wrote"
+        before = meta.get("environment") or {}
+        new = [what for what in ("packages", "git") if before.get(what) != now["environment"][what]]
+        if new:
+            named = " and ".join({"packages": "packages", "git": "our own code"}[what] for what in new)
+            text += f"; {named} changed since, so bits may differ"
         return text
+
+
+def _kind(meta: dict[str, Any]) -> str:
+    count, stage = meta.get("processes"), meta.get("zero_stage")
+    return ("one process" if count == 1 else f"{count} processes") + (f" under ZeRO-{stage}" if stage else "")
 
 
 def _silent(text: str) -> None:
