@@ -55,7 +55,7 @@ def main(name: str, overrides: list[str], options: Options) -> None:
         checked = check(cfg)
         parts = [(part, checked[part]) for part in ("sft", "reward", "ppo")]
     base = cfg.model if isinstance(cfg, PipelineStage) else None
-    found = [(part, *_models(part_cfg, base), part_cfg) for part, part_cfg in parts]
+    found = [(part, *models_of(part_cfg, base), part_cfg) for part, part_cfg in parts]
     if options.as_json:
         records = [record(part, part_cfg, models, notes, cluster) for part, models, notes, part_cfg in found]
         json.dump(records[0] if len(records) == 1 else records, sys.stdout, indent=1)
@@ -114,7 +114,7 @@ def cluster_of(options: Options, precision: str) -> Cluster:
 # --- models -----------------------------------------------------------------------------------------------------
 
 
-def _models(cfg: Any, base: str | None) -> tuple[Models | Dimensions, list[str]]:
+def models_of(cfg: Any, base: str | None = None) -> tuple[Models | Dimensions, list[str]]:
     """Dimensions of a stage's models, and what was taken for granted.
 
     Args:

@@ -226,10 +226,10 @@ def test_this_machine_is_measured_where_none_is_named(monkeypatch: pytest.Monkey
 
 
 def test_an_adapter_counts_as_what_can_be_shared(stage_config: Any, tiny: Any, tmp_path: Path) -> None:
-    whole, notes = plan._models(stage_config("ppo"), None)
+    whole, notes = plan.models_of(stage_config("ppo"))
     assert isinstance(whole, Models)
     assert not whole.shared_reward
     assert "is a whole model" in notes[-1]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="reward_model"):
-        plan._models(stage_config("ppo", reward_model=str(tmp_path / "empty")), None)
+        plan.models_of(stage_config("ppo", reward_model=str(tmp_path / "empty")))
