@@ -3,7 +3,8 @@
     make bench-plan
 
 Models with random weights, made here; each setting is a run of two steps in processes of its own, every answer as long
-as the budget allows. With several processes it is the first one that is measured.
+as the budget allows. With several processes it is the first one that is measured. `--tables` measures nothing: it
+writes the tables of launch/README.md anew.
 """
 
 from __future__ import annotations
@@ -74,10 +75,28 @@ SETTINGS = {
 }
 
 
+LARGE: dict[str, dict[str, Any]] = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    | {"num_key_value_heads": 32, "vocab_size": 32000},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    | {"num_key_value_heads": 8, "vocab_size": 128256},
+}
+"""The shapes of Llama 2 7B and Llama 3 70B."""
+NODES = (1, 8, 64)
+PLANNED = (
+    "configs/ppo/ultrafeedback.yaml model=FOLDER gradient_checkpointing=true micro_batch_size=2 --gpu=h100 --gpus=8"
+)
+TABLES_BEGIN, TABLES_END = "<!-- plan -->", "<!-- end of plan -->"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     args = parser.parse_args()
+    if args.tables:
+        write_tables(ROOT / "launch" / "README.md", BUILD / "plan")
+        return
     rows = [compared(name, SETTINGS[name], BUILD / "plan") for name in args.settings]
     save("plan_memory", {"tolerance": TOLERANCE, "settings": {n: vars(SETTINGS[n]) for n in args.settings}}, rows)
 
@@ -122,6 +141,54 @@ def predict(setting: Setting, folder: Path) -> float:
     assert isinstance(models, Models)
     setup = Setup(setting.stage, setting.ranks)
     return of_ppo(cfg, models, setup).resident(setup) / 1e9
+
+
+# --- the tables of launch/README.md -------------------------------------------------------------------------------
+
+
+def write_tables(readme: Path, folder: Path) -> None:
+    """One table for each of `LARGE`, by `rlhf plan --json`, between the marks."""
+    text = readme.read_text()
+    before, after = text.split(TABLES_BEGIN)[0], text.split(TABLES_END)[1]
+    tables = "\n\n".join(table(name, folder) for name in LARGE)
+    readme.write_text(f"{before}{TABLES_BEGIN}\n{tables}\n{TABLES_END}{after}")
+
+
+def table(name: str, folder: Path) -> str:
+    """GB per GPU and seconds per step, bold where it fits."""
+    shape = folder / name
+    shape.mkdir(parents=True, exist_ok=True)
+    (shape / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False, **LARGE[name]}))
+    arguments = [word.replace("FOLDER", str(shape)) for word in PLANNED.split()]
+    arguments[0] = str(ROOT / arguments[0])
+    found = [json.loads(planned([*arguments, f"--nodes={nodes}", "--json"])) for nodes in NODES]
+    size = found[0]["parameters"] / 1e9
+    lines = [
+        f"| {size:.3g}B | " + " | ".join(f"{8 * nodes} GPUs" for nodes in NODES) + " |",
+        "|---|" + "---|" * len(NODES),
+    ]
+    for ways in zip(*(part["plans"] for part in found), strict=True):
+        cells = [f"{p['peak'] / 1e9:,.0f} GB, {sum(p['seconds'].values()):,.0f} s" for p in ways]
+        cells = [f"**{cell}**" if p["fits"] else cell for cell, p in zip(cells, ways, strict=True)]
+        stage = f"ZeRO-{ways[0]['zero_stage']}" if ways[0]["zero_stage"] else "DDP"
+        lines.append(f"| {ways[0]['sharing']}, {stage} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def planned(arguments: Sequence[str]) -> str:
+    """What `rlhf plan` prints.
+
+    Raises:
+        RuntimeError: it is refused.
+    """
+    from typer.testing import CliRunner
+
+    from rlhf.cli import app
+
+    done = CliRunner().invoke(app, ["plan", *arguments])
+    if done.exit_code:
+        raise RuntimeError(done.output)
+    return done.stdout
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------
