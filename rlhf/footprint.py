@@ -43,12 +43,13 @@ class Setup:
 
 
 PROCESS = {True: 0.52e9, False: 0.6e9}
-"""Bytes that are there without a model, on a CPU (Python, torch, transformers and what they load on first use:
-`rlhf ppo` with a model of 0.05M parameters) and on a GPU (the CUDA context and the libraries' own)."""
+"""Bytes that are there without a model. On a CPU: Python, torch, transformers and what they load on first use, measured
+as `rlhf ppo` with a model of 0.05M parameters. On a GPU: the CUDA context and the libraries' own, assumed."""
 
 SPREAD = {True: 1.15, False: 1.1}
-"""What the allocator holds over what tensors need at the peak. On a CPU: glibc's heap, which `rlhf.runtime` tells to
-keep what is freed; blocks of all sizes come and go in it, and leave holes."""
+"""What the allocator holds of every byte that tensors need at the peak. On a CPU: glibc's heap, which `rlhf.runtime`
+tells to keep what is freed; blocks of all sizes come and go in it and leave holes. Measured: 1.1 to 1.2 in most runs
+(tests/benchmarks/bench_plan.py), 1.4 where LoRA's activations are most of it. On a GPU assumed."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,8 +25,15 @@ from rlhf.machine import Machine, gpu_named, this_machine, with_given
 from rlhf.planning import Cluster, Plan, advice, plans, zero_name
 
 PLANNED = ("ppo", "sft", "reward", "pipeline")
-COLUMNS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "activations": "activations"}
-COLUMNS |= {"kv_cache": "KV cache", "logits": "logits"}
+COLUMNS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "Adam",
+    "activations": "activ.",
+    "kv_cache": "KV",
+    "logits": "logits",
+}
+"""Kinds of memory, and what stands over their columns: a table must fit into 80 characters."""
 
 
 @dataclass(frozen=True)
@@ -173,13 +181,15 @@ def _dimensions(key: str, name: str, *, scalar: bool = False) -> Dimensions:
 
 
 def show(console: Console, stage: str, cfg: Any, models: Any, notes: list[str], cluster: Cluster) -> None:
-    """Two tables, and what to do."""
+    """Tables, and what to do."""
     found = plans(cfg, models, cluster)
     machine = cluster.machine
     policy = models.policy if isinstance(models, Models) else models
     where = f"{cluster.nodes} x {cluster.gpus} x {machine.name}" if cluster.ranks > 1 else machine.name
     title = f"{stage}: {policy.parameters / 1e9:,.3g}B parameters, {cfg.precision}, on {where} "
-    console.print(_overview(f"{title}({machine.memory / 1e9:,.0f} GB)", found, machine))
+    console.print(_memory(f"{title}({machine.memory / 1e9:,.0f} GB)", found, machine))
+    if found[0].seconds:
+        console.print(_times(found))
     own = [p for p in found if p.sharing == found[0].sharing]
     shown = next((p for p in own if p.fits(machine)), own[-1])
     console.print(_roles(shown))
@@ -187,36 +197,45 @@ def show(console: Console, stage: str, cfg: Any, models: Any, notes: list[str], 
         console.print(line, markup=False)
 
 
-def _overview(title: str, found: list[Plan], machine: Machine) -> Table:
-    timed = list(found[0].seconds)
-    table = Table(title=f"{title}\nGB per device by what they are for, and at the peak; seconds per step, at least")
-    for column in ("sharing", "spread"):
-        table.add_column(column)
-    for column in [*COLUMNS.values(), "peak", "fits", *timed, *(["step"] if timed else [])]:
-        table.add_column(column, justify="right")
+def _table(title: str, words: list[str], numbers: list[str], caption: str | None = None) -> Table:
+    plain: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", **plain)
+    for word in words:
+        table.add_column(word, no_wrap=True)
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True)
+    return table
+
+
+def _memory(title: str, found: list[Plan], machine: Machine) -> Table:
+    head = f"{title}\nGB per device: each kind at its largest, and all that is there at the peak"
+    table = _table(head, ["sharing", "spread"], [*COLUMNS.values(), "peak", "fits"])
     for p in found:
         memory = p.footprint.total
-        parts = [_giga(getattr(memory, column)) for column in COLUMNS]
-        seconds = [_short(p.seconds.get(name, 0.0)) for name in timed]
-        seconds += [_short(sum(p.seconds.values()))] if timed else []
+        parts = [_short(getattr(memory, column) / 1e9) for column in COLUMNS]
         fits = "yes" if p.fits(machine) else "no"
-        table.add_row(p.sharing or "-", zero_name(p.setup), *parts, _giga(p.resident), fits, *seconds)
+        table.add_row(p.sharing or "-", zero_name(p.setup), *parts, _short(p.resident / 1e9), fits)
+    return table
+
+
+def _times(found: list[Plan]) -> Table:
+    names = list(found[0].seconds)
+    table = _table("seconds per step, at least", ["sharing", "spread"], [*names, "step"])
+    for p in found:
+        seconds = [*p.seconds.values(), sum(p.seconds.values())]
+        table.add_row(p.sharing or "-", zero_name(p.setup), *map(_short, seconds))
     return table
 
 
 def _roles(plan: Plan) -> Table:
     way = f"sharing {plan.sharing}, " if plan.sharing else ""
-    phases = ", ".join(f"{name} {_giga(size)}" for name, size in plan.footprint.phases.items())
-    table = Table(
-        title=f"roles: {way}{zero_name(plan.setup)}; GB per device",
-        caption=f"tensors at once, GB: {phases}; at the peak {SPREAD[plan.setup.on_cpu]} times that, "
-        f"and {_giga(PROCESS[plan.setup.on_cpu])} without any model",
-    )
-    table.add_column("role")
-    for column in COLUMNS.values():
-        table.add_column(column, justify="right")
+    phases = ", ".join(f"{name} {_short(size / 1e9)}" for name, size in plan.footprint.phases.items())
+    caption = f"tensors of each phase, GB: {phases}; the peak is {SPREAD[plan.setup.on_cpu]} times the largest, and "
+    caption += f"{_short(PROCESS[plan.setup.on_cpu] / 1e9)} that are there without a model"
+    title = f"roles: {way}{zero_name(plan.setup)}; GB per device"
+    table = _table(title, ["role"], list(COLUMNS.values()), caption)
     for role, memory in plan.footprint.roles.items():
-        table.add_row(role, *(_giga(getattr(memory, column)) for column in COLUMNS))
+        table.add_row(role, *(_short(getattr(memory, column) / 1e9) for column in COLUMNS))
     return table
 
 
@@ -240,9 +259,6 @@ def record(stage: str, cfg: Any, models: Any, notes: list[str], cluster: Cluster
     return {**head, "plans": rows, "advice": advice(cfg, models, cluster), "notes": notes}
 
 
-def _giga(size: float) -> str:
-    return f"{size / 1e9:,.3f}" if size < 1e10 else f"{size / 1e9:,.1f}"
-
-
-def _short(seconds: float) -> str:
-    return f"{seconds:,.3g}" if seconds < 1000 else f"{seconds:,.0f}"
+def _short(value: float) -> str:
+    """Three digits, of which none is below a thousandth."""
+    return f"{value:,.0f}" if value >= 1000 else f"{round(value, 3):.3g}"

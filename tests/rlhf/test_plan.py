@@ -144,13 +144,26 @@ def test_a_machine_by_name_and_by_numbers() -> None:
     assert all(name in str(caught.value) for name in GPUS)
 
 
+def test_the_tables_fit_into_80_characters(
+    invoke: Any, stage_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    config = {"model_type": "llama", "tie_word_embeddings": False, **large}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = invoke(stage_config("ppo", model=str(tmp_path)), "--gpu", "h100", "--gpus", "8")
+    assert result.exit_code == 0, result.output
+    assert "\u2026" not in result.output, "a number is cut short"
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
 # --- the command ----------------------------------------------------------------------------------------------
 
 
 def test_the_tables(invoke: Any, stage_config: Any) -> None:
     result = invoke(stage_config("ppo"), "--gpus", "2", "--nodes", "2", "--gpu", "h100")
     assert result.exit_code == 0, result.output
-    for word in ("2 x 2 x h100 (80 GB)", "separate", "hydra", "ZeRO-3", "KV cache", "sampler", "fits: ", "exchange"):
+    for word in ("2 x 2 x h100 (80 GB)", "separate", "hydra", "ZeRO-3", "logits", "sampler", "fits: ", "exchange"):
         assert word in result.output
 
 
