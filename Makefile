@@ -11,7 +11,7 @@ help:
 	@echo "make demo       the whole pipeline on a 135M model, on the CPU: runs/plain_language/report.html"
 	@echo "make test       the tests (not the slow ones);  make test-slow  the slow ones"
 	@echo "make lint       ruff and pyright;               make format     ruff format"
-	@echo "make bench      side by side with TRL and transformers: bench-generate, -reward, -sft, -ppo, -memory, -flops"
+	@echo "make bench      side by side with TRL and transformers: bench-generate, -reward, -sft, -ppo, -memory, -flops, -plan"
 	@echo "make wheel-check  the wheel in a clean environment: rlhf doctor and a dry run"
 
 # torch first and pinned: an unpinned one would bring gigabytes of CUDA libraries along.
@@ -55,7 +55,7 @@ wheel-check: $(STAMP)
 
 # Side by side with TRL and transformers; see tests/benchmarks/README.md.
 # One of them with options: make bench-ppo ARGS="--prompts ragged --epochs 4"
-bench: bench-generate bench-reward bench-sft bench-ppo bench-memory bench-flops
+bench: bench-generate bench-reward bench-sft bench-ppo bench-memory bench-flops bench-plan
 
 bench-%: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_$*.py $(ARGS)

@@ -101,6 +101,27 @@ def doctor() -> None:
     _shielded(report)
 
 
+@app.command(help="Memory and time that a configuration needs: per role, ZeRO stage and way of sharing; what fits.")
+def plan(
+    config_name: ConfigArgument,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs per node")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GB of one")] = None,
+    nodes: Annotated[int, typer.Option(help="with as many GPUs each")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="by name: a100-40, a100, h100, h200, l40s")] = None,
+    rates: Annotated[
+        tuple[float, float] | None, typer.Option(help="TFLOP/s of products in that precision, and GB/s of its memory")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="bytes and seconds, for programs")] = False,
+) -> None:
+    def action() -> None:
+        from rlhf.plan import Options, main
+
+        main(config_name, overrides or [], Options(gpus, nodes, gpu, gpu_memory, rates, as_json))
+
+    _shielded(action)
+
+
 def run_stage(stage: str, config_name: str, overrides: list[str], options: runs.RunOptions, *, dry_run: bool) -> None:
     """Load the configuration, run one stage, write its result.json."""
     from rlhf.errors import ConfigError

@@ -322,7 +322,7 @@ def test_a_shipped_configuration_runs_dry_by_its_name(
 
 def test_help_names_every_stage() -> None:
     shown = CliRunner().invoke(app, ["--help"]).output
-    assert all(stage in shown for stage in [*MODULES, "doctor"])
+    assert all(stage in shown for stage in [*MODULES, "doctor", "plan"])
     assert set(HELP) == set(MODULES)
 
 

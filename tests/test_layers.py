@@ -30,7 +30,7 @@ LAYERS = [
     "rlhf.rollout rlhf.rollout.* rlhf.supervised rlhf.supervised.* rlhf.eval rlhf.eval.* "
     "reward_model.model reward_model.data reward_model.packing reward_model.labeling reward_model.labeling.*",
     "rlhf.stages rlhf.stages.* reward_model.train",
-    "rlhf.cli rlhf.__main__ rlhf.dry_run rlhf.doctor",
+    "rlhf.cli rlhf.__main__ rlhf.dry_run rlhf.doctor rlhf.plan rlhf.planning rlhf.footprint rlhf.machine",
 ]
 OWNERS = {
     "accelerate": {"rlhf.runtime"},

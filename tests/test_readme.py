@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf import config
+from rlhf import config, plan
 from rlhf.cli import MODULES
 from rlhf.config_schema import DatasetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", ".github/CONTRIBUTING.md", "launch/README.md"]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
-COMMANDS = {*MODULES, "doctor"}
+COMMANDS = {*MODULES, "doctor", "plan"}
 
 FENCE = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -70,12 +70,16 @@ def test_every_rlhf_command_names_a_stage_and_a_configuration(document: str) -> 
             assert Path(name).name == f"{stage}.yaml", name
             assert stage == "report" or Path(name).parent.name == stage, name
             continue
-        config.load(config.find_config(str(ROOT / name) if "/" in name else name, stage), stage, overrides)
+        name = str(ROOT / name) if "/" in name else name
+        if stage == "plan":  # finds out itself which stage's it is
+            plan.load(name, overrides)
+            continue
+        config.load(config.find_config(name, stage), stage, overrides)
 
 
 def test_the_commands_of_the_documents_are_found_at_all() -> None:
     found = {arguments[0] for document in DOCUMENTS for arguments in rlhf_calls(text_of(document)) if arguments}
-    assert {"sft", "sample", "label", "reward", "ppo", "evaluate", "report", "pipeline", "doctor"} <= found
+    assert {"sft", "sample", "label", "reward", "ppo", "evaluate", "report", "pipeline", "doctor", "plan"} <= found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -124,6 +124,7 @@ GROUPS = {
     "same": "Same algorithm, same architecture",
     "other": "Other architecture: fewer weights trained, so the reward curves belong beside these",
     "machine": "Against this machine: plain products with the policy's layers, what a phase could reach at most",
+    "plan": "`rlhf plan` (ours) against the peak of the run itself (peer); a ratio of 1 is right",
 }
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlhf.errors import ModelError
-from rlhf.models.load import load_causal_lm, load_sequence_classifier
-from rlhf.models.shape import shape_from_config, shape_of
+from rlhf.models.load import load_causal_lm, load_config, load_sequence_classifier
+from rlhf.models.shape import dimensions_of, shape_from_config, shape_of
 
 
 def test_the_tiny_model_by_hand(tiny: Any) -> None:
@@ -33,3 +34,23 @@ def test_layers_that_differ_are_refused(tiny: Any) -> None:
     lm.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 40, bias=False)
     with pytest.raises(ModelError, match="differ in shape"):
         shape_of(lm)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_dimensions_add_up_to_the_parameters(tiny: Any, tied: bool) -> None:
+    config = load_config(tiny.path)
+    config.tie_word_embeddings = tied
+    dims = dimensions_of(config)
+    lm = AutoModelForCausalLM.from_config(config)
+    assert dims.parameters == sum(p.numel() for p in lm.parameters())
+    assert dims.layer_parameters == sum(p.numel() for p in lm.model.layers[0].parameters())
+    assert dims.outputs == (0 if tied else 32 * len(tiny.tokenizer))
+    assert (dims.hidden, dims.heads, dims.key_width, dims.mlp_width, dims.further) == (32, 4, 16, 48, 32)
+    assert (dims.embedding, dims.vocabulary) == (32 * len(tiny.tokenizer), len(tiny.tokenizer))
+
+
+def test_dimensions_of_a_scalar_model(tiny: Any) -> None:
+    dims = dimensions_of(load_config(tiny.reward), scalar=True)
+    classifier = load_sequence_classifier(tiny.reward, dtype=torch.float32)
+    assert dims.parameters == sum(p.numel() for p in classifier.parameters())
+    assert (dims.outputs, dims.vocabulary) == (32, 1)
