@@ -39,11 +39,22 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
 
 
 def remove_torn(folder: Path) -> None:
-    """Remove what an `atomic_write` left below `folder` when its process was killed; nobody else may write there."""
+    """Remove what an `atomic_write` left below `folder` when its process was killed."""
     for path in folder.rglob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+        name = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if name and not _is_running(int(name[1])):
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's; no pid of ours
+        pass
+    return True
 
 
 def fsync_path(path: Path) -> None:

@@ -295,8 +295,8 @@ def _wait_no_longer_than(timeout: timedelta) -> None:
     """For groups of ranks that are made without a timeout, too, as DeepSpeed makes its own: torch's is 30 minutes."""
     from torch.distributed import distributed_c10d
 
-    defaults: Any = distributed_c10d
-    defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = timeout
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
 
 
 def keep_freed_memory() -> None:

@@ -36,32 +36,35 @@ def config(tmp_path: Path, stage_config: Callable[..., Any]) -> Callable[..., li
     return write
 
 
-@pytest.fixture
-def finished(tmp_path: Path, config: Callable[..., list[str]]) -> Callable[..., Path]:
-    """`finished("name", ...)`: the folder of a run of one process that nothing happened to."""
-
-    def run(name: str = "unharmed", **changes: Any) -> Path:
-        process = Forked(config(name, **changes), tmp_path / f"{name}.log")
-        assert process.end() == 0, process.said()
-        return tmp_path / name
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def finished_before() -> dict[str, Path]:
-    """Unharmed runs of several ranks, which any test may compare with."""
+    """Runs that nothing happened to, which any test may read."""
     return {}
+
+
+@pytest.fixture
+def finished(tmp_path: Path, config: Callable[..., list[str]], finished_before: dict[str, Path]) -> Callable[..., Path]:
+    """`finished(...)`: the folder of a run of one process that nothing happened to."""
+
+    def run(**changes: Any) -> Path:
+        key = f"one process {sorted(changes.items())}"
+        if key not in finished_before:
+            process = Forked(config("unharmed", **changes), tmp_path / "unharmed.log")
+            assert process.end() == 0, process.said()
+            finished_before[key] = tmp_path / "unharmed"
+        return finished_before[key]
+
+    return run
 
 
 @pytest.fixture
 def finished_ranks(
     tmp_path: Path, config: Callable[..., list[str]], finished_before: dict[str, Path]
 ) -> Callable[..., Path]:
-    """`finished_ranks(zero, ...)`: the folder of a run of two ranks that nothing happened to."""
+    """`finished_ranks(zero, ...)`: the same of two ranks with 4 rows each."""
 
     def run(zero: int, **changes: Any) -> Path:
-        key = f"{zero} {sorted(changes.items())}"
+        key = f"two ranks {zero} {sorted(changes.items())}"
         if key not in finished_before:
             ranks = start_ranks(config("unharmed", batch_size=4, **changes), tmp_path / "unharmed logs", zero=zero)
             assert [rank.end() for rank in ranks] == [0, 0], ranks[0].said()

@@ -31,20 +31,18 @@ def positions(folder: Path, count: int, *, whole: str) -> Iterator[tuple[Path, i
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path, config: Callable[..., list[str]], finished: Callable[..., Path]) -> Callable[..., Path]:
+def checkpoints(tmp_path: Path, config: Callable[..., list[str]]) -> Callable[[int], Path]:
     """`checkpoints(ranks)`: the folder of two checkpoints, `step_1` and `step_2`, of a PPO run."""
 
     def make(ranks: int) -> Path:
-        if ranks == 1:
-            return finished("run") / "checkpoints"
-        processes = start_ranks(config("run", batch_size=4), tmp_path, world_size=ranks)
+        processes = start_ranks(config("run", batch_size=8 // ranks), tmp_path, world_size=ranks)
         assert [process.end() for process in processes] == [0] * ranks, processes[0].said()
         return tmp_path / "run" / "checkpoints"
 
     return make
 
 
-def test_some_flips_are_seen_and_the_checkpoint_before_is_used(checkpoints: Callable[..., Path]) -> None:
+def test_some_flips_are_seen_and_the_checkpoint_before_is_used(checkpoints: Callable[[int], Path]) -> None:
     folder = checkpoints(1)
     said: list[str] = []
     store = Checkpoints(folder.parent, say=said.append)
@@ -62,7 +60,7 @@ def test_some_flips_are_seen_and_the_checkpoint_before_is_used(checkpoints: Call
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_thousands_of_flips_are_seen(checkpoints: Callable[..., Path], ranks: int) -> None:
+def test_thousands_of_flips_are_seen(checkpoints: Callable[[int], Path], ranks: int) -> None:
     folder = checkpoints(ranks) / "step_2"
     draw, tried = random.Random(ranks), dict.fromkeys((file.name for file in folder.iterdir()), 0)
     for file, position in positions(folder, 3000, whole=".json"):
@@ -78,7 +76,7 @@ def test_thousands_of_flips_are_seen(checkpoints: Callable[..., Path], ranks: in
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_cut_longer_and_missing_files_are_seen(checkpoints: Callable[..., Path], ranks: int) -> None:
+def test_cut_longer_and_missing_files_are_seen(checkpoints: Callable[[int], Path], ranks: int) -> None:
     folder = checkpoints(ranks) / "step_2"
     for file in sorted(folder.iterdir()):
         whole = file.read_bytes()

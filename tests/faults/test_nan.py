@@ -35,7 +35,8 @@ def test_all_ranks_skip_a_step_together(tmp_path: Path, config: Callable[..., li
         assert tensor.isfinite().all()
 
 
-@pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 2])
 def test_three_in_a_row_end_all_ranks_and_keep_their_rollouts(
     tmp_path: Path, config: Callable[..., list[str]], zero: int
 ) -> None:

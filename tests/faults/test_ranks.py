@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from forked_runs import differences, start_ranks
 
-TIMEOUT_S = 8
+TIMEOUT_S = 20
 """What ranks wait for one another; a step takes less on a busy machine, too."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,8 +220,10 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     finish(tmp_path / "run")
     before = contents(tmp_path / "run")
     (tmp_path / "run" / "rollouts").mkdir()
-    torn = [".summary.json.4711.tmp", "rollouts/.step_000001.parquet.1.tmp"]
-    others = [".hidden.tmp", "summary.json.1.tmp", "rollouts/.x.1"]
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    torn = [f".summary.json.{gone.pid}.tmp", f"rollouts/.step_000001.parquet.{gone.pid}.tmp"]
+    others = [".hidden.tmp", f"summary.json.{gone.pid}.tmp", f"rollouts/.x.{gone.pid}", f".live.json.{os.getpid()}.tmp"]
     for name in torn + others:
         (tmp_path / "run" / name).write_text("half")
     finish(tmp_path / "run")

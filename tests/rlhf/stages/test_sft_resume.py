@@ -68,9 +68,10 @@ DROPOUT = {"tuning": {"kind": "lora", "rank": 4, "dropout": 0.3}}
         ({"micro_batch_size": 2}, 4, 6),  # within an epoch; the checkpoint is older than the last line of metrics
         ({}, 6, 8),  # at the end of an epoch, with its evaluation
         (DROPOUT, 4, 9),
-        ({"trainer": {"logging_steps": 5, "eval_strategy": "steps", "eval_steps": 4}}, 4, 11),  # half a line counted
+        ({"trainer": {"max_steps": 15, "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 4}}, 4, 13),
+        ({"trainer": {"logging_steps": 5}, "eval_dataset": None}, 4, 13),  # the summary's loss is of step 10
     ],
-    ids=["mid-epoch", "epoch", "dropout", "between-lines"],
+    ids=["mid-epoch", "epoch", "dropout", "half-a-line", "no-line-after"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(
     ragged_sft: Any, monkeypatch: pytest.MonkeyPatch, changes: Any, save_every: int, killed: int
