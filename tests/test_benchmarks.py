@@ -116,6 +116,63 @@ def test_memory_uses_reports_of_the_same_setting_and_commit_alone(
     assert memory.reusable(args, tmp_path) is None
 
 
+def config_alone(name: str, folder: Path) -> tuple[str, str]:
+    """As bench_plan's models, without weights: what the plan reads."""
+    shape = importlib.import_module("bench_plan").LLAMAS[name]
+    config = {"model_type": "llama", "tie_word_embeddings": True, **shape}
+    for role in ("lm", "reward"):
+        (folder / name / role).mkdir(parents=True, exist_ok=True)
+        (folder / name / role / "config.json").write_text(json.dumps(config))
+    (folder / name / "reward" / "model.safetensors").touch()
+    return str(folder / name / "lm"), str(folder / name / "reward")
+
+
+def test_the_plan_is_within_its_tolerance_of_the_recorded_peaks(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Today's formulas against the peaks that bench_plan measured."""
+    bench = load("bench_plan")
+    monkeypatch.setattr(bench, "models", config_alone)
+    record = json.loads((FOLDER / "results" / "plan_memory.json").read_text())
+    peaks = {row["measure"].removeprefix("peak memory, "): row["peer"] for row in record["rows"]}
+    assert set(peaks) == set(bench.SETTINGS)
+    assert len(peaks) >= 6
+    wrong = {
+        name: (predicted, peak)
+        for name, peak in peaks.items()
+        if abs((predicted := bench.predict(bench.SETTINGS[name], tmp_path)) / peak - 1) > bench.TOLERANCE
+    }
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "separate",
+        "separate, fp32, 4 rows",
+        "separate, 16 rows, checkpointing",
+        "separate, 4 layers",
+        "lora",
+        "hydra",
+        "DDP x 2, hydra",
+        "ZeRO-2 x 2, hydra",
+    ],
+)
+def test_the_plan_is_within_its_tolerance_of_a_run(load: Any, tmp_path: Path, name: str) -> None:
+    bench = load("bench_plan")
+    setting = bench.SETTINGS[name]
+    assert bench.predict(setting, tmp_path) == pytest.approx(bench.measure(setting, tmp_path), rel=bench.TOLERANCE)
+
+
+def test_the_published_plans_are_those_of_the_command(load: Any, tmp_path: Path) -> None:
+    bench = load("bench_plan")
+    copy = tmp_path / "README.md"
+    copy.write_text((bench.ROOT / "launch" / "README.md").read_text())
+    bench.write_tables(copy, tmp_path)
+    assert copy.read_text() == (bench.ROOT / "launch" / "README.md").read_text()
+
+
 def made_up_runs(out: Path) -> None:
     for mode, end in (("separate", 2.0), ("lora", 1.0), ("hydra", 1.5)):
         for seed in (1, 2, 3):
