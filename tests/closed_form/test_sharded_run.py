@@ -19,7 +19,7 @@ def test_sharded_ppo_reaches_the_optimum(file: str) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/{file}.yaml"]
     on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(
-        ["timeout", "-k", "5", "600", *launcher, "tests/closed_form/launched.py", "256"],
+        ["timeout", "-k", "5", "600", *launcher, "tests/closed_form/sharded_run.py", "256"],
         cwd=ROOT,
         env={**os.environ, **on_cpu},
         capture_output=True,

@@ -1,6 +1,6 @@
 """One process of the transformer experiment, started by a launcher; rank 0 prints the distance to the optimum.
 
-accelerate launch --config_file launch/cpu_zero2.yaml tests/closed_form/launched.py ROWS_PER_PROCESS
+accelerate launch --config_file launch/cpu_zero2.yaml tests/closed_form/sharded_run.py ROWS_PER_PROCESS
 """
 
 import sys
