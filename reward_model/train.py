@@ -23,7 +23,7 @@ from rlhf.config_schema import DatasetConfig, RewardStage
 from rlhf.data.order import rows_for_step
 from rlhf.data.records import read_demonstrations, read_rankings
 from rlhf.data.templates import located, prompt_tokens, response_tokens, show_examples
-from rlhf.errors import DataError, InvariantError
+from rlhf.errors import CheckpointError, DataError, InvariantError
 from rlhf.eval.winrate import share_interval
 from rlhf.models.adapters import save_adapter
 from rlhf.models.load import load_tokenizer
@@ -139,12 +139,16 @@ def fit(
         micro_batch_size=cfg.micro_batch_size,
         max_grad_norm=cfg.optim.max_grad_norm,
     )
-    resume.attach(scalar, optimizer)
-    resume.begin()
     size = min(cfg.batch_size, max(1, len(train) // runtime.world_size))
     total = max(1, math.ceil(cfg.epochs * len(train) / (size * runtime.world_size)))
     longest = max((item for item in train if is_packable(item)), key=packed_length, default=None)
-    share_prompts = cfg.share_prompts and longest is not None and obeys_masks(module, longest, runtime)
+    share_prompts = resume.state.get("share_prompts")  # asked of the first weights: later ones might say otherwise
+    if share_prompts is None:
+        share_prompts = cfg.share_prompts and longest is not None and obeys_masks(module, longest, runtime)
+    facts = {"rows_per_step": size * runtime.world_size, "share_prompts": share_prompts}
+    refuse_other_rows(resume, facts["rows_per_step"])
+    resume.attach(scalar, optimizer, state=lambda: facts)
+    resume.begin()
     if cfg.share_prompts and not share_prompts and longest is not None:
         progress.say("this model does not score several responses in one row: each prompt is read once per response")
     progress.phase("train", total=total, unit="steps", done=resume.first_step)
@@ -158,6 +162,20 @@ def fit(
         resume.save_if_due(step, total)
     resume.finish()
     runtime.make_whole(scalar, everywhere=True)
+
+
+def refuse_other_rows(resume: Resume, rows: int) -> None:
+    """A few items are cut into other batches by another number of processes.
+
+    Raises:
+        CheckpointError: a step took another number of items before.
+    """
+    before = resume.state.get("rows_per_step", rows)
+    if before != rows:
+        raise CheckpointError(
+            f"a step took {before} items of all processes when the checkpoint was written, now it would take {rows}",
+            fix="go on with as many processes as before, or start anew with --resume never",
+        )
 
 
 def train_step(

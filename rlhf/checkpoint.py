@@ -266,10 +266,11 @@ class Checkpoints:
             [sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())]
         )
         self._together(step, lambda: self._begin(step, staging, sum(sizes)) if self._is_main else None)
+        text = json.dumps(state, indent=1)  # now: training goes on changing it
         if in_background:
             tensors = {name: {k: t.detach().cpu().clone() for k, t in group.items()} for name, group in tensors.items()}
         pool = ThreadPoolExecutor(1)
-        self._pending = _Pending(step, staging, meta, pool.submit(self._write, staging, tensors, state))
+        self._pending = _Pending(step, staging, meta, pool.submit(self._write, staging, tensors, text))
         pool.shutdown(wait=not in_background)
         if not in_background:
             self.commit_if_written(wait=True)
@@ -313,8 +314,9 @@ class Checkpoints:
             value = action()
         except CheckpointError as error:
             problem = error.message
-        except (OSError, SafetensorError) as error:
-            problem = f"cannot write {self._path(step)}: {error}"
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            kind = "" if isinstance(error, OSError | SafetensorError) else f"{type(error).__name__}: "
+            problem = f"cannot write {self._path(step)}: {kind}{error}"
         outcomes = self._ranks.gather_objects([(problem, value)])
         problems = list(dict.fromkeys(problem for problem, _ in outcomes if problem))
         if problems:
@@ -327,7 +329,7 @@ class Checkpoints:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
 
-    def _write(self, staging: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Json) -> dict[str, Json]:
+    def _write(self, staging: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: str) -> dict[str, Json]:
         """This rank's files, on the disk; with size and hash."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
         suffix = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
@@ -337,7 +339,7 @@ class Checkpoints:
             write_tensors(paths[-1], group)
         if self._is_main:
             paths.append(staging / STATE)
-            paths[-1].write_text(json.dumps(state, indent=1), encoding="utf-8")
+            paths[-1].write_text(state, encoding="utf-8")
         return {path.name: _describe(path) for path in paths}
 
     def latest(self) -> Checkpoint | None:

@@ -273,7 +273,10 @@ def _phases(
     reading = 4.0 * policy.how.size * policy.dims.mlp_width
     work = working_set(policy.dims, policy.how, rows=rows, width=width) + gathered_layer(policy.dims, setup)
     prompts = min(cfg.sampling.batch_size, cfg.batch_size) * cfg.max_prompt_tokens
+    whole = sum(MASTER * model.trained + model.how.size * model.frozen for model in (policy, critic))
+    start = {"start": float(whole)} if setup.stage == 3 else {}  # before they are cut up
     return {
+        **start,
         "sample": held
         + gathered
         + sampler.kv_cache

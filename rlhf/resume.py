@@ -7,6 +7,7 @@ processes or on ZeRO: a run may go on with other ones, as long as a step takes a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rlhf.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from rlhf.errors import CheckpointError
+from rlhf.files import atomic_write
 from rlhf.runs import RunOptions, digests, environment, learned_fingerprint, named_data, named_models
 from rlhf.runtime import Runtime
 from rlhf.sharding import TrainState
@@ -23,6 +25,16 @@ from rlhf.tensor_files import TensorFiles
 
 TERMINATED = 128 + 15
 """Exit code of a run that was asked to end (SIGTERM) and saved what it had."""
+
+
+_BEGUN = ".begun"
+"""Says in a run folder that what stands there since belongs to the job that was started with `never` or a path."""
+
+
+def is_restarted() -> bool:
+    """Whether torchrun, or the script of `launch/slurm/`, started these processes again."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "RLHF_TRY"))
+    return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
 class Resume:
@@ -37,12 +49,16 @@ class Resume:
         self._state_now: Callable[[], dict[str, Any]] = dict
         self._tensors_now: Callable[[], dict[str, dict[str, Tensor]]] = dict
         self._meta = self._describe()
+        self._marks = False
         self.first_step = found.step if found else 0
         self.state: dict[str, Any] = found.state if found else {}
 
     @classmethod
     def open(cls, cfg: Any, options: RunOptions, runtime: Runtime, *, say: Callable[[str], None]) -> Resume:
         """Find the checkpoint that `--resume` asks for; nothing is changed on the disk yet, but remains of a kill.
+
+        A launcher that starts its processes again gives them the same options: what `never` or a path asked for has
+        been done then, and they go on from what they have written since.
 
         Args:
             cfg: a stage with `save_every` and `keep_checkpoints`.
@@ -52,14 +68,16 @@ class Resume:
         """
         speak = say if runtime.is_main else _silent
         store = Checkpoints(cfg.run_dir, cfg.keep_checkpoints, say=speak, ranks=runtime)
+        begun = store.folder.with_name(_BEGUN)
+        goes_on = runtime.gather_objects([is_restarted() and begun.exists()])[0]
+        if runtime.is_main and not goes_on:
+            begun.unlink(missing_ok=True)
         runtime.barrier()  # rank 0 has put a replacement that was cut short back
-        if options.resume == "never":
-            found = None
-        elif options.resume == "auto":
-            found = store.latest()
-        else:
+        found = store.latest() if goes_on or options.resume == "auto" else None
+        if found is None and options.resume not in ("auto", "never"):
             found = open_checkpoint(Path(options.resume).expanduser(), ranks=runtime)
         resume = cls(cfg, runtime, store, found)
+        resume._marks = options.resume != "auto"
         if found:
             resume._refuse_others(found)
             speak(f"going on after step {found.step}{resume._moved_from(found)}")
@@ -69,6 +87,9 @@ class Resume:
         """Set aside what does not belong to this run's time line: later checkpoints, or all under `--resume never`."""
         if self._runtime.is_main:
             self._store.set_aside_after(self.first_step if self._found else -1)
+            if self._marks:
+                self._store.folder.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(self._store.folder.with_name(_BEGUN), "")
         self._runtime.barrier()
 
     def load_weights(self, module: Any) -> None:

@@ -147,7 +147,8 @@ class Runtime:
         """
         if self.zero_stage == 3:
             make_whole(module, keep=everywhere or self.is_main)
-            self._engines.pop(module).destroy()
+            if engine := self._engines.pop(module, None):  # not transformers' own
+                engine.destroy()
 
     def unwrap(self, module: Any) -> Any:
         """The module that `prepare` was given."""

@@ -47,13 +47,15 @@ class Sampler:
         self._adapted = adapted_layers(lm, plain) if plain is not None else []
         # ZeRO-3 drops weights behind every module that it knows: it must not know the modules that decode.
         self._is_copy = plain is None and (runtime.dtype != torch.float32 or runtime.zero_stage == 3)
+        filled = runtime.zero_stage != 3  # there weights come for each rollout, and go
         for layer, folded in self._adapted:
-            folded.weight = nn.Parameter(layer.get_base_layer().weight.detach().clone())
+            weight = layer.get_base_layer().weight.detach()
+            folded.weight = nn.Parameter(weight.clone() if filled else weight.new_empty(0))
         self._lm = lm
         if plain is not None:
             self._lm = runtime.freeze(plain)
         elif self._is_copy:
-            self._lm = runtime.freeze(cast_copy(lm, runtime.dtype))
+            self._lm = runtime.freeze(cast_copy(lm, runtime.dtype, filled=filled))
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Any]:
@@ -104,13 +106,19 @@ def _without_checkpointing(lm: Any) -> Iterator[None]:
             layer.training = True
 
 
-def cast_copy(lm: Any, dtype: torch.dtype) -> Any:
+def cast_copy(lm: Any, dtype: torch.dtype, *, filled: bool = True) -> Any:
     """A copy with its parameters in `dtype`; frozen ones that have it already are shared.
 
     Buffers stay as they are, for rotary frequencies in bf16 misplace far tokens.
+
+    Args:
+        filled: False leaves the copied parameters empty, to be filled later.
     """
-    shared = [p for p in lm.parameters() if not p.requires_grad and p.dtype == dtype]
-    copied = copy.deepcopy(lm, {id(p): p for p in shared})
+    memo = {id(p): p for p in lm.parameters() if not p.requires_grad and p.dtype == dtype}
+    if not filled:
+        empty = {id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=False) for p in lm.parameters()}
+        memo = {**empty, **memo}
+    copied = copy.deepcopy(lm, memo)
     for parameter in copied.parameters():
         if parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)

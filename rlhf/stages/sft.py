@@ -65,6 +65,8 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
         handle = apply_tuning(lm, cfg.tuning, runtime.dtype)
         resume.load_weights(handle)
         resume.begin()
+        if runtime.uses_deepspeed:
+            handle.forward = runtime.autocast()(handle.forward)
         try:
             trainer = SplitFreeTrainer(
                 resume,
@@ -84,12 +86,13 @@ def main(cfg: SFTStage, options: RunOptions) -> RunResult:
             show_examples(progress.console, tokenizer, "SFT (prompt and completion)", trained_examples(trainer))
         trainer.run()
     final = Path(cfg.run_dir) / "final"
-    with runtime.gathered(handle.parameters()):
-        if runtime.is_main:
-            save_adapter(handle, Path(cfg.run_dir) / "adapter")
-            with export_folder(final) as folder:
-                merge_tuning(handle).to(runtime.dtype).save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+    runtime.make_whole(handle)
+    if runtime.is_main:
+        save_adapter(handle, Path(cfg.run_dir) / "adapter")
+        with export_folder(final) as folder:
+            merge_tuning(handle).to(runtime.dtype).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    runtime.barrier()
     summary = {"demonstrations": len(train), "steps": trainer.state.global_step, **reporter.last}
     return RunResult(cfg.run_dir, summary, {"model": str(final)})
 
@@ -138,6 +141,7 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
     from trl.trainer.sft_config import SFTConfig
 
     on_cpu = not torch.cuda.is_available()
+    on_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     ours = {
         "output_dir": str(Path(cfg.run_dir) / "trainer"),
@@ -151,7 +155,8 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
         "completion_only_loss": cfg.completion_only_loss,
         "save_strategy": "no",
         "seed": cfg.seed,
-        "bf16": cfg.precision == "bf16",
+        # Under DeepSpeed it would turn the weights themselves to bf16; `main` wraps the forward in an autocast instead.
+        "bf16": cfg.precision == "bf16" and not on_deepspeed,
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and processes > 1 else None,
         "report_to": [],
@@ -174,6 +179,8 @@ def trainer_config(cfg: SFTStage, *, has_eval: bool) -> Any:
         arguments = SFTConfig(**merged)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"trainer: trl.SFTConfig refuses it: {error}", fix="correct the value") from None
+    _ = arguments.device  # counts the GPUs: a process would spread a batch over all that it sees
+    arguments._n_gpu = min(1, arguments._n_gpu)
     if arguments.deepspeed_plugin is not None:  # the launch file speaks for our own loops
         arguments.deepspeed_plugin.deepspeed_config |= {
             "gradient_accumulation_steps": arguments.gradient_accumulation_steps,

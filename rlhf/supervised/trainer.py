@@ -143,8 +143,11 @@ class SplitFreeTrainer(SFTTrainer):
         self._resume.save(self.state.global_step, in_background=self._in_background)
 
     def wants_checkpoint(self) -> bool:
-        """Whether one is due, or the run is asked to end; after every step, on all ranks."""
-        self._ends = self._runtime.is_asked_to_end()
+        """Whether one is due, or the run is asked to end; after every step, on all ranks.
+
+        Not in the last step, which ends the run by itself: transformers would go on from there with a step too many.
+        """
+        self._ends = self._runtime.is_asked_to_end() and self.state.global_step < self.state.max_steps
         self._resume.commit_if_written()
         return self._ends or self._resume.is_due(self.state.global_step, self.state.max_steps)
 
@@ -154,7 +157,11 @@ class SplitFreeTrainer(SFTTrainer):
         return {
             "trainer": asdict(self.state),
             "scheduler": scheduler.state_dict(),
-            "counts": {"tokens": self._total_train_tokens, "sums": self._sums["train"], "logged": self._logged_step},
+            "counts": {
+                "tokens": self._total_train_tokens,
+                "sums": dict(self._sums["train"]),
+                "logged": self._logged_step,
+            },
             "random": self._runtime.gather_objects([rng_state()[1]]),
         }
 

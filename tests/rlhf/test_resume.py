@@ -137,6 +137,26 @@ def test_never_keeps_the_earlier_checkpoints_aside(start: Any, tmp_path: Path) -
         assert (tmp_path / "ppo" / f"checkpoints.old-{name}" / "step_3" / "MANIFEST.json").exists()
 
 
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "RLHF_TRY"])
+@pytest.mark.parametrize("asked", ["never", "path"])
+def test_a_restart_goes_on_whatever_the_first_start_was_asked(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, asked: str
+) -> None:
+    """A launcher gives its processes the same options again."""
+    start().save(3)
+    before = tmp_path / "ppo" / "checkpoints" / "step_3"
+    option = "never" if asked == "never" else str(before)
+    monkeypatch.setenv(variable, "1")
+    assert start(option).resume.first_step == (0 if asked == "never" else 3), "the first start died before it began"
+    monkeypatch.setenv(variable, "0")
+    start(option).save(5)
+    monkeypatch.setenv(variable, "1")
+    assert start(option).resume.first_step == 5
+    monkeypatch.setenv(variable, "0")
+    if asked == "never":
+        assert start(option).resume.first_step == 0, "asked anew, by a new job"
+
+
 def test_a_path_names_the_checkpoint_and_later_ones_go_aside(start: Any, tmp_path: Path) -> None:
     run = start()
     for step in (1, 2, 3):

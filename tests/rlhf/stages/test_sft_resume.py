@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 import rlhf
+from rlhf import checkpoint
 from rlhf.config import dump
 from rlhf.errors import CheckpointError, ConfigError
 from rlhf.runs import RunOptions
@@ -83,6 +86,44 @@ def test_a_killed_run_goes_on_bit_for_bit(
     again = sft.main(runs[1], RunOptions())
     assert left_by(runs[0]) == left_by(runs[1])
     assert again.summary == whole.summary
+
+
+def test_sigterm_in_the_last_step_ends_the_run_as_planned(ragged_sft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in an earlier one with a checkpoint, from which the same command goes on."""
+    short = {"trainer": {"max_steps": 4, "lr_scheduler_type": "constant", "warmup_steps": 0}, "save_every": 0}
+    sft.main(whole := ragged_sft("whole", **short), RunOptions())
+    whole_step = sft.Reporter.on_step_end
+    for at in (2, 4):
+
+        def asked(self: Any, args: Any, state: Any, control: Any, at: int = at, **kwargs: Any) -> None:
+            if state.global_step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            whole_step(self, args, state, control, **kwargs)
+
+        cfg = ragged_sft(f"asked_{at}", **short)
+        with monkeypatch.context() as patch:
+            patch.setattr(sft.Reporter, "on_step_end", asked)
+            if at == 2:
+                with pytest.raises(SystemExit) as caught:
+                    sft.main(cfg, RunOptions())
+                assert caught.value.code == 143
+            else:
+                sft.main(cfg, RunOptions())
+        if at == 2:
+            assert sft.main(cfg, RunOptions()).summary["steps"] == 4
+        assert left_by(cfg) == left_by(whole)
+
+
+def test_a_checkpoint_in_the_background_is_of_its_step(ragged_sft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on changing what is being written."""
+    short = {"save_every": 2, "trainer": {"max_steps": 5}, "eval_dataset": None}
+    sft.main(whole := ragged_sft("whole", **short), RunOptions())
+    write = checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *given: (time.sleep(0.3), write(*given)))
+    sft.main(cfg := ragged_sft("background", **short, save_in_background=True), RunOptions())
+    assert left_by(cfg) == left_by(whole)
+    states = [(checkpoint_of(each, 4) / "state.json").read_text() for each in (whole, cfg)]
+    assert json.loads(states[0])["counts"] == json.loads(states[1])["counts"]
 
 
 def test_the_checkpoint_of_an_epoch_waits_for_its_evaluation(ragged_sft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
