@@ -17,7 +17,7 @@ from harness import BUILD, ROOT, Report, alternate, median, row, save
 from sides import prepare
 
 FILES = {"ZeRO-2": "cpu_zero2", "DDP": "cpu"}
-SETTING = {"processes": 2, "batch_size": 8, "micro_batch_size": 8, "epochs": 2, "new_tokens": 48, "steps": [1, 4]}
+SETTING = {"processes": 2, "batch_size": 32, "micro_batch_size": 32, "epochs": 2, "new_tokens": 48, "steps": [1, 3]}
 
 
 def cpu_seconds(file: str, steps: int) -> float:
