@@ -76,7 +76,7 @@ def main() -> None:
     ours, peer = (median(reports[name], "cpu_s") for name in FILES)
     label = "PPO on two processes, ZeRO-2 beside DDP; CPU time per sample"
     setting = {**SETTING, "model": "SmolLM2-135M, full, four models", "rounds": rounds, "reports": reports}
-    save("processes", setting, [row(label, "s", ours, peer, lower_is_better=True, group="machine")])
+    save("processes", setting, [row(label, "s", ours, peer, lower_is_better=True, group="processes")])
 
 
 if __name__ == "__main__":
