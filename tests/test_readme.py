@@ -125,7 +125,7 @@ def test_accelerate_reads_every_launch_file(path: Path) -> None:
         assert deepspeed["zero_allow_untested_optimizer"] is True
         assert deepspeed["zero_force_ds_cpu_optimizer"] is False
         if path.stem.startswith("cpu"):
-            assert deepspeed["zero_optimization"]["reduce_bucket_size"] <= 100_000
+            assert deepspeed["zero_optimization"]["reduce_bucket_size"] <= 10_000_000
     else:
         assert read.mixed_precision == "no"  # precision belongs to the run's configuration
 
