@@ -84,9 +84,11 @@ class Resume:
         return resume
 
     def begin(self) -> None:
-        """Set aside what does not belong to this run's time line: later checkpoints, or all under `--resume never`."""
+        """Set aside what does not belong to this run's time line: later checkpoints; all, if it goes on from none of
+        them."""
         if self._runtime.is_main:
-            self._store.set_aside_after(self.first_step if self._found else -1)
+            ours = self._found is not None and self._found.path.resolve().parent == self._store.folder.resolve()
+            self._store.set_aside_after(self.first_step if ours else -1)
             if self._marks:
                 self._store.folder.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(self._store.folder.with_name(_BEGUN), "")

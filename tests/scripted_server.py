@@ -79,14 +79,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
+def running(server: ThreadingHTTPServer) -> Iterator[None]:
+    """Requests are answered meanwhile."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+@contextlib.contextmanager
 def serving() -> Iterator[ScriptedServer]:
     """A running server; stopped at the end."""
-    with ScriptedServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with ScriptedServer() as server, running(server):
         try:
             yield server
         finally:
             server.stopping.set()
-            server.shutdown()
-            thread.join()

@@ -157,6 +157,17 @@ def test_a_restart_goes_on_whatever_the_first_start_was_asked(
         assert start(option).resume.first_step == 0, "asked anew, by a new job"
 
 
+def test_a_path_of_another_run_leaves_none_of_this_run_s(start: Any, tmp_path: Path) -> None:
+    """An earlier step of the old time line would be taken for the newest of the new one."""
+    start(run_dir=str(tmp_path / "other")).save(5)
+    start().save(3)
+    run = start(str(tmp_path / "other" / "checkpoints" / "step_5"))
+    assert run.resume.first_step == 5
+    assert not list((tmp_path / "ppo" / "checkpoints").iterdir())
+    assert [p.name for p in (tmp_path / "ppo" / "checkpoints.old-1").iterdir()] == ["step_3"]
+    assert [p.name for p in (tmp_path / "other" / "checkpoints").iterdir()] == ["step_5"]
+
+
 def test_a_path_names_the_checkpoint_and_later_ones_go_aside(start: Any, tmp_path: Path) -> None:
     run = start()
     for step in (1, 2, 3):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from scripted_server import running
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.rollout.generate import GenerationSettings
@@ -78,12 +78,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Standin]:
-    with Standin() as standin:
-        thread = threading.Thread(target=standin.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with Standin() as standin, running(standin):
         yield standin
-        standin.shutdown()
-        thread.join()
 
 
 def engine(server: Standin, model: str = "policy") -> VllmEngine:
