@@ -272,6 +272,8 @@ class Guards:
         # Not in `_gold`: it reads all steps, which is too slow for every step of a history.
         peak = predicted_peak_kl(self.rows) if name == "gold" else None
         told = "" if peak is None else f"; by the law of Gao et al. gold peaks at a KL of {number(peak)}"
+        if state.bad and state.since is None:  # else a number out of range would stand beside words of praise
+            told += f"; out of range now, for {state.bad} of the {self._limits.patience} steps that make an alarm"
         return Note.of(
             name,
             WORDS[name],

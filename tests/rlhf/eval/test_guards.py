@@ -222,6 +222,15 @@ def test_names_and_keys_are_those_of_the_configuration() -> None:
             assert model is not None, key
 
 
+def test_a_number_that_is_no_alarm_yet_is_not_praised() -> None:
+    (critic,) = Guards(LIMITS, rows_of(val__explained_var=[0.2] * 12 + [-0.4] * 2)).notes()
+    assert critic.ok
+    assert critic.measured.endswith("; out of range now, for 2 of the 3 steps that make an alarm")
+    (critic,) = Guards(LIMITS, rows_of(val__explained_var=[0.2] * 12 + [-0.4] * 3)).notes()
+    assert not critic.ok
+    assert "out of range" not in critic.measured
+
+
 def test_a_note_survives_json() -> None:
     guards = Guards(LIMITS, rows_of(objective__kl=[13.0] * 4 + [1.0] * 4 + [13.0] * 4))
     for note in guards.notes():
