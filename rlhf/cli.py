@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 import rlhf
-from rlhf import config, runs
+from rlhf import cli_label, config, runs
 from rlhf.errors import RlhfError
 
 app = typer.Typer(
@@ -64,8 +64,8 @@ Profile = Annotated[
 ]
 
 
-def _command(stage: str) -> None:
-    @app.command(stage, help=HELP[stage])
+def _command(stage: str, app: typer.Typer, name: str) -> None:
+    @app.command(name, help=HELP[stage])
     def command(
         config_name: ConfigArgument,
         overrides: Overrides = None,
@@ -78,7 +78,11 @@ def _command(stage: str) -> None:
 
 
 for _stage in MODULES:
-    _command(_stage)
+    if _stage == "label":
+        _command(_stage, cli_label.app, cli_label.STAGE)
+        app.add_typer(cli_label.app, name=_stage)
+    else:
+        _command(_stage, app, _stage)
 
 
 def _show_version(wanted: bool) -> None:
@@ -177,9 +181,10 @@ def _shielded(action) -> None:  # type: ignore[no-untyped-def]
         _refuse(type(error).__name__, f"{error.filename}: {error.strerror}", fix)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in runs.PACKAGES:
+        if package not in runs.INSTALLS:
             raise
-        _refuse(type(error).__name__, f"this needs {package}, which is not installed", f"pip install {package}")
+        fix = f"pip install {runs.INSTALLS[package]}"
+        _refuse(type(error).__name__, f"this needs {package}, which is not installed", fix)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None
@@ -195,3 +200,6 @@ def _refuse(title: str, message: str, fix: str) -> NoReturn:
     Console(stderr=True).print(Panel(body, title=title, title_align="left", border_style="red"))
     sys.stderr.flush()
     raise typer.Exit(2) from None
+
+
+cli_label.add_tools(_shielded)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rlhf.config_base import Beta, Positive, Probability, Seed, Strict, check_url
+from rlhf.config_labeling import LabelingStage
 from rlhf.config_ppo import GuardsConfig, KLConfig, MissingEOSConfig, RewardEndpointConfig
 
 
@@ -394,6 +395,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "sft": SFTStage,
     "sample": SampleStage,
     "label": LabelStage,
+    "labeling": LabelingStage,
     "reward": RewardStage,
     "ppo": PPOStage,
     "evaluate": EvaluateStage,

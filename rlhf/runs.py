@@ -39,6 +39,17 @@ _ROLLOUT_KEYS = ("rollouts", "heldout_rollouts")
 MODEL_KEYS = ("model", "reference", "base", "reward_model")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
 
+_LABELING = (
+    "fastapi uvicorn sqlalchemy alembic argon2 markdown_it linkify_it nh3 krippendorff sklearn statsmodels crowdkit"
+)
+INSTALLS = {
+    **{package: package for package in PACKAGES},
+    **dict.fromkeys(_LABELING.split(), "'rlhf-pipeline[labeling]'"),
+    "psycopg": "'rlhf-pipeline[postgres]'",
+    "openai": "'rlhf-pipeline[judge]'",
+}
+"""What pip installs, by the name of the module that is missing."""
+
 
 @dataclass(frozen=True)
 class RunOptions:

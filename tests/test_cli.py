@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from rlhf import cli
+from rlhf import cli, cli_label
 from rlhf.cli import HELP, MODULES, app
 
 SCREEN = 40
@@ -328,7 +328,8 @@ def test_help_names_every_stage() -> None:
 
 @pytest.mark.parametrize("stage", sorted(MODULES))
 def test_help_of_a_stage(stage: str) -> None:
-    result = CliRunner().invoke(app, [stage, "--help"], env={"COLUMNS": "200"})
+    words = [stage, cli_label.STAGE] if stage == "label" else [stage]
+    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert all(
         part in result.output for part in ("CONFIG", "a.b=c", "--dry-run", "--resume", "--profile", HELP[stage][:20])

@@ -1,0 +1,136 @@
+"""What is labeled and what was said about it, as plain data: the same for people, judge models and simulations.
+
+Two orientations, never mixed:
+    shown      places on the screen, 0 the leftmost or topmost; what was clicked, and what is stored
+    canonical  indices of the item's responses, as they were queued; what aggregates and exports speak of
+
+`order[place]` is the index of the response that was shown at that place, so it leads from one to the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlhf.types import Prompt
+
+Kind = Literal["pair", "ranking"]
+Labeler = Literal["person", "judge", "simulated"]
+Choice = Literal["compare", "rank", "both_bad", "skip", "flag", "undo"]
+
+STRONGEST = 3
+"""Largest strength of a comparison: the scale of seven points is -3 .. 3."""
+
+
+@dataclass
+class Candidate:
+    """One response of an item, and where it comes from; the browser learns the latter after the judgment only."""
+
+    text: str
+    policy: str = ""
+    tokens: list[int] | None = None
+    score: float | None = None
+
+
+@dataclass
+class Item:
+    """A prompt with the K responses to compare: two of a `pair`, two or more of a `ranking`.
+
+    `wanted` judgments by different people are asked for, never more. Higher `priority` comes first. `gold_ranks`,
+    by response, 1 the best, makes it a gold question: everybody may get it, and its answers are not exported.
+    """
+
+    prompt: Prompt
+    responses: list[Candidate]
+    kind: Kind = "pair"
+    prompt_id: str = ""
+    source: str = ""
+    batch: str = ""
+    wanted: int = 1
+    priority: float = 0.0
+    gold_ranks: list[int] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that stand for kind, prompt and texts: queueing the same again adds nothing."""
+        content = [self.kind, self.prompt, [response.text for response in self.responses]]
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was clicked, in the shown orientation.
+
+    `compare`: `value` -3 .. 3, negative where the left one is better, 0 a tie. `rank`: `ranks[place]`, 1 the best,
+    ties allowed. Neither with `both_bad` (all responses are bad), `skip` (not for me), `flag` (something is wrong
+    with the item) and `undo` (the judgment that this one supersedes is withdrawn).
+    """
+
+    choice: Choice
+    value: int | None = None
+    ranks: list[int] | None = None
+    confidence: int | None = None
+    notes: str = ""
+    ms_active: int = 0
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """One stored answer: a row that never changes. A later row may supersede it (undo, or a change of mind).
+
+    `presentation` is 0, or 1 where the item came back to the same annotator with the sides swapped.
+    """
+
+    id: int
+    item_key: str
+    kind: Kind
+    annotator: str
+    labeler: Labeler
+    order: list[int]
+    answer: Answer
+    presentation: int = 0
+    supersedes: int | None = None
+    created_ms: int = 0
+
+    @property
+    def decides(self) -> bool:
+        """Whether it says something about the responses: not so of skip, flag and undo."""
+        return self.answer.choice in ("compare", "rank", "both_bad")
+
+    @property
+    def ranks(self) -> list[int] | None:
+        """Ranks by response (canonical), 1 the best; all 1 for a tie or both bad; None where it decides nothing."""
+        if not self.decides:
+            return None
+        return canonical_ranks(self.answer, self.order)
+
+    @property
+    def value(self) -> int | None:
+        """Of a comparison, its strength in favour of response 1 (canonical): -3 .. 3, negative for response 0."""
+        if self.answer.choice != "compare" or self.answer.value is None:
+            return None
+        return self.answer.value if self.order == [0, 1] else -self.answer.value
+
+
+def canonical_ranks(answer: Answer, order: list[int]) -> list[int]:
+    """Ranks by response of an answer that was given by place.
+
+    Raises:
+        ValueError: the answer ranks nothing.
+    """
+    if answer.choice == "both_bad":
+        return [1] * len(order)
+    if answer.choice == "compare" and answer.value is not None:
+        shown = [1 + (answer.value > 0), 1 + (answer.value < 0)]
+    elif answer.choice == "rank" and answer.ranks is not None:
+        shown = answer.ranks
+    else:
+        raise ValueError(f"{answer.choice} ranks nothing")
+    ranks = [0] * len(order)
+    for place, response in enumerate(order):
+        ranks[response] = shown[place]
+    return ranks

@@ -1,0 +1,69 @@
+"""The configuration of a labeling project: one file for its server, queue, judge and export. No torch import."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf.config_base import EnvName, Positive, Probability, Seed, Strict
+
+
+class GoldConfig(Strict):
+    """Questions whose answer is known, mixed in unseen; who fails too many of them gets no further items."""
+
+    fraction: Probability = Field(default=0.05, description="of the items that an annotator gets, where there are any")
+    pause_below: Probability = Field(default=0.6, description="share of right answers under which items stop")
+    after: Positive = Field(default=8, description="gold answers before that is judged, and how many of the last count")
+
+
+class ServeConfig(Strict):
+    """The web server."""
+
+    host: str = Field(default="127.0.0.1", description="another one than loopback needs accounts")
+    port: Annotated[int, Field(ge=0, lt=65536)] = 8420
+    accounts: bool = Field(default=False, description="log in by name and password; false: one user, without login")
+    public_url: str | None = Field(default=None, description="as browsers see it, e.g. https://labels.example.org")
+
+
+class QueueConfig(Strict):
+    """What `rlhf label queue` puts before the annotators, out of rollout buffers."""
+
+    rollouts: list[str] = Field(default=[], description="Parquet files that `sample` or PPO wrote")
+    kind: Literal["pair", "ranking"] = "pair"
+    responses_per_item: Annotated[int, Field(ge=2)] = Field(default=4, description="K of a ranking, at most")
+    pairs_per_prompt: Positive = 1
+    limit: Positive | None = Field(default=None, description="items, at most")
+    reward_models: list[str] = Field(default=[], description="active sampling: one ensemble, or several models")
+    random_fraction: Probability = Field(default=0.3, description="of the items, drawn blindly beside active sampling")
+    batch: str = Field(default="", description="name of this delivery, e.g. round-2")
+
+
+class ExportConfig(Strict):
+    """What `rlhf label export` writes."""
+
+    format: Literal["standard", "conversational"] = "standard"
+    prompt: Literal["explicit", "implicit"] = "explicit"
+    aggregate: Literal["majority", "dawid_skene"] = "majority"
+    ties: Literal["drop", "keep"] = Field(default="drop", description="of pairs; keep: probability 0.5")
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="by prompt")
+
+
+class LabelingStage(Strict):
+    """A labeling project: its database, its rules, and the settings of the commands around it."""
+
+    run_dir: str = Field(description="database, exports and reports go here")
+    database_env: EnvName | None = Field(
+        default=None, description="environment variable with a PostgreSQL URL; default: SQLite in run_dir"
+    )
+    seed: Seed = 0
+    title: str = "Which answer is better?"
+    instructions: str = Field(default="", description="Markdown, shown to annotators")
+    judgments_per_item: Positive = Field(default=1, description="by different people")
+    lease_minutes: Annotated[float, Field(gt=0)] = Field(default=20.0, description="an item is kept for its annotator")
+    repeat_fraction: Probability = Field(default=0.05, description="of the pairs, shown once more with sides swapped")
+    repeat_after: Positive = Field(default=10, description="items between a pair and its repeat, at least")
+    gold: GoldConfig = GoldConfig()
+    serve: ServeConfig = ServeConfig()
+    queue: QueueConfig = QueueConfig()
+    export: ExportConfig = ExportConfig()
