@@ -54,13 +54,14 @@ function common(a, b) {
   return [inA, inB];
 }
 
-/** Neighbours of a kind in one piece. */
+/** Neighbours of a kind in one piece; a space between two words that differ is marked with them. */
 function runs(tokens, same) {
+  const kept = tokens.map((text, i) => Boolean(same[i]) && !(same[i - 1] === 0 && same[i + 1] === 0 && /^\s+$/.test(text)));
   const found = [];
   tokens.forEach((text, i) => {
     const last = found.at(-1);
-    if (last && last.same === Boolean(same[i])) last.text += text;
-    else found.push({ text, same: Boolean(same[i]) });
+    if (last && last.same === kept[i]) last.text += text;
+    else found.push({ text, same: kept[i] });
   });
   return found;
 }

@@ -4,19 +4,17 @@
 // localStorage and sent again, so that a lost connection or a closed tab loses nothing and stores nothing twice.
 // Texts reach the DOM as textContent, but for `html`, which the server has cleaned (rendering.py).
 
+import { clock } from "/static/clock.js";
 import { wordDiff } from "/static/diff.js";
+import { ask, passing, persist, storage, submissionId } from "/static/server.js";
 
 const GUARD_MS = 300; // a new item takes no answer that early: a second press was meant for the one before
-const IDLE_MS = 30_000; // without input for that long, nobody is working
 const TICK_MS = 5_000;
 const POLL_MS = 15_000;
-const TIMEOUT_MS = 20_000;
 
 const $ = (id) => document.getElementById(id);
-const csrf = document.querySelector("meta[name=csrf-token]")?.content ?? "";
-const pendingKey = `labeling.pending.${$("app").dataset.user}`;
 
-const page = { task: null, busy: true, shownAt: 0, sent: "", confidence: 0, raw: false, diff: false, polling: 0 };
+const page = { task: null, busy: true, shownAt: 0, confidence: 0, raw: false, diff: false, polling: 0 };
 const session = { count: 0, ms: 0 };
 const lease = { since: 0, lasts: 0 };
 let ranking = { places: [], tied: [], at: -1 };
@@ -28,116 +26,10 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// --- time that a person was at work ------------------------------------------------------------------------------
-
-/** Milliseconds with the tab in view and some input in the last IDLE_MS. */
-const clock = {
-  ms: 0,
-  mark: performance.now(),
-  input: performance.now(),
-  visible: document.visibilityState === "visible",
-  count() {
-    const now = performance.now();
-    if (this.visible) this.ms += Math.max(0, Math.min(now, this.input + IDLE_MS) - this.mark);
-    this.mark = Math.max(this.mark, now);
-    return this.ms;
-  },
-  touch() {
-    this.count();
-    this.input = performance.now();
-  },
-  reset() {
-    this.ms = 0;
-    this.mark = this.input = performance.now();
-  },
-};
-for (const kind of ["keydown", "pointerdown", "pointermove", "wheel", "scroll", "touchmove"]) {
-  document.addEventListener(kind, () => clock.touch(), { capture: true, passive: true });
-}
-document.addEventListener("visibilitychange", () => {
-  clock.count();
-  clock.visible = document.visibilityState === "visible";
-  if (clock.visible) clock.touch();
-});
-
-// --- the server --------------------------------------------------------------------------------------------------
-
-/** The parsed answer; throws {status, text}, status 0 where there was no answer at all. */
-async function ask(method, path, body) {
-  let answer;
-  try {
-    answer = await fetch(path, {
-      method,
-      headers: { Accept: "application/json", "Content-Type": "application/json", "X-CSRF-Token": csrf },
-      body: body && JSON.stringify(body),
-      credentials: "same-origin",
-      cache: "no-store",
-      signal: AbortSignal.timeout(TIMEOUT_MS),
-    });
-  } catch {
-    throw { status: 0, text: "" };
-  }
-  const content = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw { status: answer.status, text: [content.error, content.fix].filter(Boolean).join(" ") };
-  content.now_ms = Date.parse(answer.headers.get("Date") ?? "") || Date.now(); // the lease runs by the server's clock
-  return content;
-}
-
-const passing = (status) => status === 0 || status === 408 || status === 429 || status >= 500;
-
-function pause(ms) {
-  return new Promise((go) => {
-    const timer = setTimeout(done, ms);
-    addEventListener("online", done, { once: true });
-    function done() {
-      clearTimeout(timer);
-      removeEventListener("online", done);
-      go();
-    }
-  });
-}
-
-/** Sends until there is an answer; what a repetition cannot mend is thrown. */
-async function persist(method, path, body, kept) {
-  for (let wait = 1000; ; wait = Math.min(2 * wait, 15_000)) {
-    try {
-      const content = await ask(method, path, body);
-      if (wait > 1000) say("Connected again.");
-      return content;
-    } catch (error) {
-      if (!passing(error.status)) throw error;
-      const why = error.status ? "The server cannot answer just now." : "No connection to the server.";
-      say(`${why} ${kept} Trying again by itself.`, "warn");
-      await pause(wait);
-    }
-  }
-}
-
-const storage = {
-  keep(pending) {
-    try {
-      if (pending) localStorage.setItem(pendingKey, JSON.stringify(pending));
-      else localStorage.removeItem(pendingKey);
-    } catch {
-      // A browser may refuse to store anything; the answer is still in memory.
-    }
-  },
-  kept() {
-    try {
-      return JSON.parse(localStorage.getItem(pendingKey));
-    } catch {
-      return null;
-    }
-  },
-};
-
-/** 32 hexadecimal digits; crypto.randomUUID exists over HTTPS only. */
-function submissionId() {
-  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-}
+// --- exchanges ---------------------------------------------------------------------------------------------------
 
 async function load() {
-  await turn(() => persist("GET", "/api/task", undefined, ""));
+  await turn(() => persist("GET", "/api/task", undefined, say));
 }
 
 /** One exchange with the server, during which nothing else can be judged; shows what comes back. */
@@ -165,11 +57,9 @@ function receive(content) {
 /** Keeps the lease of somebody who is at work on a long text. */
 async function renew() {
   showSession();
-  const now = performance.now();
-  const at_work = clock.visible && now - clock.input < IDLE_MS;
-  if (!page.task || page.busy || !at_work || now - lease.since < lease.lasts / 3) return;
-  const id = page.task.assignment_id;
   const asked = performance.now();
+  if (!page.task || page.busy || !clock.running || asked - lease.since < lease.lasts / 3) return;
+  const id = page.task.assignment_id;
   try {
     const content = await ask("POST", "/api/renew", { assignment_id: id });
     if (page.task?.assignment_id !== id) return;
@@ -182,9 +72,12 @@ async function renew() {
 
 // --- judging -----------------------------------------------------------------------------------------------------
 
-async function judge(choice, fields = {}) {
+/** Sends an answer, once; `button` stays lit until the next item comes, and `label` says in words what was chosen. */
+async function judge(button, label, choice, fields = {}) {
   if (page.busy || !page.task || performance.now() - page.shownAt < GUARD_MS) return;
   page.busy = true;
+  button.classList.add("chosen");
+  $("work").dataset.sent = "yes";
   const pending = {
     assignment_id: page.task.assignment_id,
     submission_id: submissionId(),
@@ -192,13 +85,11 @@ async function judge(choice, fields = {}) {
     value: null,
     ranks: null,
     confidence: page.confidence || null,
-    notes: $("notes").value,
+    notes: typed("notes"),
     ms_active: Math.round(clock.count()),
     ...fields,
   };
   storage.keep(pending);
-  const label = page.sent;
-  $("work").dataset.sent = "yes";
   session.count += 1;
   session.ms += clock.ms;
   showSession();
@@ -208,45 +99,52 @@ async function judge(choice, fields = {}) {
 async function deliver(pending, label) {
   await turn(async () => {
     try {
-      const content = await persist("POST", "/api/judgments", pending, "Your answer is kept.");
+      const content = await persist("POST", "/api/judgments", pending, say, "Your answer is kept.");
       storage.keep(null);
       showLast(content.policies ?? [], label);
       return content;
     } catch (error) {
       if (error.status !== 401 && error.status !== 403) storage.keep(null); // those two can be sent after a login
+      session.count = Math.max(0, session.count - 1);
       throw error;
     }
   });
 }
 
-/** `button` stays lit until the next item comes. */
-function choose(button, label, choice, fields) {
-  if (page.busy || !page.task || performance.now() - page.shownAt < GUARD_MS) return;
-  button?.classList.add("chosen");
-  page.sent = label;
-  judge(choice, fields);
-}
-
 function compare(step) {
   if (page.task?.kind !== "pair") return;
   const button = document.querySelector(`[data-do="${step}"]`);
-  choose(button, button.getAttribute("aria-label"), "compare", { value: step - 4 });
+  judge(button, button.getAttribute("aria-label"), "compare", { value: step - 4 });
 }
 
+/** Asked once only: an undo that is repeated, since its answer was lost, would take back one judgment more. */
 async function undo() {
   if (page.busy) return;
+  const shown = page.task;
   await turn(async () => {
-    const shown = page.task;
-    const content = await persist("POST", "/api/undo", {}, "");
-    if (!content.task?.previous && !content.paused) {
+    let content;
+    try {
+      content = await ask("POST", "/api/undo", {});
+    } catch (error) {
+      if (!passing(error.status)) throw error;
+      say("No answer from the server: look whether this was undone.", "warn");
+      return persist("GET", "/api/task", undefined, say);
+    }
+    if (!content.task?.previous) {
       say("There is nothing to undo.");
-      return shown ? { ...content, task: content.task ?? shown } : content;
+      return { ...content, task: content.task ?? shown };
     }
     session.count = Math.max(0, session.count - 1);
     $("last").hidden = true;
     say("Undone. This is the last item again, with what you had chosen.");
     return content;
   });
+}
+
+/** What stands in a field; half of a surrogate pair, which no database stores, is replaced. */
+function typed(id) {
+  const text = $(id).value;
+  return text.toWellFormed?.() ?? text;
 }
 
 function askFlag() {
@@ -257,7 +155,7 @@ function askFlag() {
 }
 $("flag").addEventListener("close", () => {
   if ($("flag").returnValue !== "flag") return;
-  choose(document.querySelector('[data-do="flag"]'), "Flagged", "flag", { notes: $("flag-note").value });
+  judge(document.querySelector("[data-do=flag]"), "Flagged", "flag", { notes: typed("flag-note") });
 });
 
 // --- ranking -----------------------------------------------------------------------------------------------------
@@ -314,7 +212,7 @@ function rank(step, ...values) {
 function submitRanking() {
   if (page.task?.kind !== "ranking") return;
   if (ranking.places.length < page.task.responses.length) return say("Every response needs a place first.");
-  choose(document.querySelector('[data-do="submit"]'), orderInWords(), "rank", { ranks: ranks() });
+  judge(document.querySelector("[data-do=submit]"), orderInWords(), "rank", { ranks: ranks() });
 }
 
 function orderInWords() {
@@ -416,6 +314,7 @@ function expandPrompt(open) {
 }
 
 function fill(box, source) {
+  box.classList.remove("plain");
   box.classList.toggle("raw", page.raw);
   if (page.raw) box.textContent = source.text;
   else box.innerHTML = source.html; // cleaned by the server
@@ -428,9 +327,10 @@ function showTexts() {
   if (page.diff && page.task.kind === "pair") {
     const sides = wordDiff(responses[0].text, responses[1].text);
     boxes.forEach((box, side) => {
-      const parts = sides[side].map(({ text, same }) => (same ? text : element(side ? "ins" : "del", {}, text)));
+      const parts = sides[side].map(({ text, same }) => (same ? text : element("mark", {}, text)));
       box.replaceChildren(...parts);
-      box.classList.add("raw");
+      box.classList.toggle("raw", page.raw);
+      box.classList.add("plain");
     });
   } else boxes.forEach((box, place) => fill(box, responses[place]));
 }
@@ -468,8 +368,8 @@ function showSession() {
   const judged = $("app").dataset.judged;
   if (judged === undefined) return;
   const minutes = Math.round((session.ms + (page.task && !page.busy ? clock.count() : 0)) / 60_000);
-  const total = `${$("bar").value} of ${$("bar").max} done`;
-  $("counts").textContent = `${total} · ${judged} by you · now ${session.count} in ${minutes} min`;
+  const total = `${$("bar").value} of ${$("bar").max}`;
+  $("counts").textContent = `${total} · yours ${judged} · now ${session.count} in ${minutes} min`;
 }
 
 function showLast(policies, label) {
@@ -522,8 +422,8 @@ function refused({ status, text }) {
 // --- keys and buttons --------------------------------------------------------------------------------------------
 
 const ACTIONS = {
-  both_bad: (button) => choose(button, "All bad", "both_bad"),
-  skip: (button) => choose(button, "Skipped", "skip"),
+  both_bad: (button) => judge(button, "All bad", "both_bad"),
+  skip: (button) => judge(button, "Skipped", "skip"),
   flag: askFlag,
   undo,
   raw: () => toggleView("raw"),
