@@ -58,3 +58,7 @@ class RewardError(RlhfError):
 
 class MemoryLimitError(RlhfError):
     """Memory ran out; names the phase and the settings to lower."""
+
+
+class JudgeError(RlhfError):
+    """A judge model leaves too many questions unanswered, or prefers what no one could prefer."""
