@@ -56,9 +56,17 @@ class RewardError(RlhfError):
     """Too many rollouts of a step got no score."""
 
 
+class JudgeError(RlhfError):
+    """A judge model leaves too many questions unanswered, or prefers what no one could prefer."""
+
+
 class MemoryLimitError(RlhfError):
     """Memory ran out; names the phase and the settings to lower."""
 
 
-class JudgeError(RlhfError):
-    """A judge model leaves too many questions unanswered, or prefers what no one could prefer."""
+class LabelError(RlhfError):
+    """The labeling store refuses: an answer does not fit its item, or something is unknown or not allowed."""
+
+
+class LeaseError(LabelError):
+    """The item is no longer this annotator's: the lease ran out, and the place has gone to somebody else."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -52,12 +52,13 @@ def main(cfg: LabelingStage) -> None:
 def judge_items(store: LabelStore, items: Sequence[Item], judge: Judge) -> dict[str, Any]:
     """Ask the judge, store what it says batch by batch, write the report; the report."""
     began, done = time.monotonic(), 0
+    standing = {(j.item_key, j.presentation): j for j in store.judgments() if j.annotator == judge.cfg.annotator}
     contests = [Contest(item.prompt, tuple(r.text for r in item.responses)) for item in items]
     with Progress("label") as progress:
         try:
             for batch in judge.batches(contests, progress):
                 for item, judged in zip(items[done:], batch, strict=False):
-                    _record(store, item, judged, judge)
+                    _record(store, item, judged, judge.cfg.annotator, standing)
                 done += len(batch)
         finally:
             people = people_on(store.judgments(), items[: len(judge.work.judged)])
@@ -66,27 +67,35 @@ def judge_items(store: LabelStore, items: Sequence[Item], judge: Judge) -> dict[
     return report
 
 
-def _record(store: LabelStore, item: Item, judged: Judged, judge: Judge) -> None:
-    """Both presentations of an item that has all of its verdicts; of any other, nothing but a line in the log."""
+def _record(
+    store: LabelStore, item: Item, judged: Judged, annotator: str, standing: Mapping[tuple[str, int], Judgment]
+) -> None:
+    """Both presentations of an item that has all of its verdicts; of any other, nothing but a line in the log.
+
+    `standing`: this judge's judgments from before. One that says the same is left alone, another one is superseded.
+    """
     verdicts = {key: pair.both for key, pair in judged.pairs.items()}
     complete = {key: both for key, both in verdicts.items() if both is not None}
     if len(complete) < len(verdicts):
         if not judged.unasked:
-            store.log_event(None, "judge_failed", {"annotator": judge.cfg.annotator, "item": item.key})
+            store.log_event(None, "judge_failed", {"annotator": annotator, "item": item.key})
         return
     K = len(item.responses)
     for presentation, order in enumerate(([*range(K)], [*reversed(range(K))])):
         shown = {key: both[presentation] for key, both in complete.items()}
         answer = _pair_answer(shown[0, 1]) if item.kind == "pair" else _ranking_answer(shown, K, presentation)
-        said = f"{judge.cfg.annotator}/{item.key}/{presentation}/{answer.value}/{answer.ranks}/{answer.notes}"
+        before = standing.get((item.key, presentation))
+        if before and before.answer == answer:
+            continue
+        said = [annotator, item.key, presentation, answer.value, answer.ranks, answer.notes, before and before.id]
         store.record(
-            judge.cfg.annotator,
+            annotator,
             "judge",
             item.key,
             order,
             answer,
             presentation=presentation,
-            submission_id="judge-" + hashlib.sha256(said.encode()).hexdigest()[:40],
+            submission_id="judge-" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40],
         )
 
 
