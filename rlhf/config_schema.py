@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rlhf.config_base import Beta, Positive, Probability, Seed, Strict, check_url
+from rlhf.config_judge import JudgeConfig
 from rlhf.config_labeling import LabelingStage
 from rlhf.config_ppo import GuardsConfig, KLConfig, MissingEOSConfig, RewardEndpointConfig
 
@@ -176,11 +177,20 @@ class LabelStage(StageConfig):
 
     rollouts: str = Field(description="Parquet file that `sample` wrote")
     heldout_rollouts: str | None = Field(default=None, description="the same of held-out prompts: nothing is split off")
-    labeler: Literal["simulated"] = "simulated"
+    labeler: Literal["simulated", "ai"] = "simulated"
     scorer: Literal["readability"] = "readability"
-    annotators: Annotated[list[AnnotatorConfig], Field(min_length=1)]
+    annotators: list[AnnotatorConfig] = Field(default=[], description="the simulated ones")
     aggregate: Literal["majority", "dawid_skene"] = "dawid_skene"
+    judge: JudgeConfig | None = Field(default=None, description="the model that labels, with `labeler: ai`")
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.15, description="prompts kept for testing")
+
+    @model_validator(mode="after")
+    def _labeler_described(self) -> LabelStage:
+        if self.labeler == "simulated" and not self.annotators:
+            raise ValueError("labeler: simulated needs annotators; list at least one")
+        if (self.labeler == "ai") != (self.judge is not None):
+            raise ValueError("labeler: ai and judge go together; set both or neither")
+        return self
 
 
 class RewardStage(StageConfig):

@@ -56,6 +56,10 @@ class RewardError(RlhfError):
     """Too many rollouts of a step got no score."""
 
 
+class JudgeError(RlhfError):
+    """A judge model leaves too many questions unanswered, or prefers what no one could prefer."""
+
+
 class MemoryLimitError(RlhfError):
     """Memory ran out; names the phase and the settings to lower."""
 
