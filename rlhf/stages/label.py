@@ -26,9 +26,10 @@ from reward_model.labeling.agreement import (
     wins_matrix,
 )
 from reward_model.labeling.simulate import Judgment, judge_pairs
-from rlhf.config_schema import LabelStage
+from rlhf.config_schema import DatasetConfig, LabelStage
 from rlhf.errors import DataError
 from rlhf.rollout.scorers import SCORERS
+from rlhf.runs import HELDOUT_RANKINGS, RANKINGS
 from rlhf.types import Prompt, Ranking, Rollout, RunResult
 
 NOTICE = (
@@ -57,6 +58,10 @@ To label by hand instead
   4. Train on it: rlhf reward CONFIG dataset.path=YOUR_FILE dataset.format=ranking
 The least that a line needs: {{"prompt": "...", "responses": ["One answer.", "Another."], "ranks": [2, 1]}}
 """
+
+
+Sides = tuple[Sequence[Ranking], Sequence[Ranking]]
+"""(train, held-out)."""
 
 
 @dataclass
@@ -93,7 +98,7 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
 
     rollouts = RolloutBuffer.from_parquet(cfg.rollouts).rollouts
     heldout = RolloutBuffer.from_parquet(cfg.heldout_rollouts).rollouts if cfg.heldout_rollouts else []
-    result = label_rollouts(rollouts, cfg, heldout)
+    result = label_rollouts(rollouts, cfg, heldout, read_earlier(cfg))
     outputs = _write(result, cfg)
     _print_table(result.report)
     agreement = result.report["agreement_with_gold"]["aggregate"]
@@ -101,19 +106,42 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
     return RunResult(cfg.run_dir, summary, outputs)
 
 
+def read_earlier(cfg: LabelStage) -> Sides:
+    """The rankings of the rounds before, where there are any.
+
+    Raises:
+        DataError: there are none in the folder, or they cannot be read.
+    """
+    from rlhf.data.records import read_rankings
+
+    if cfg.earlier is None:
+        return [], []
+    train, heldout = Path(cfg.earlier) / RANKINGS, Path(cfg.earlier) / HELDOUT_RANKINGS
+    has_heldout = heldout.is_file() and heldout.stat().st_size > 0
+    return (
+        list(read_rankings(DatasetConfig(path=str(train), format="ranking"))),
+        list(read_rankings(DatasetConfig(path=str(heldout), format="ranking"))) if has_heldout else [],
+    )
+
+
 def label_rollouts(
-    rollouts: Sequence[Rollout], cfg: LabelStage, heldout_rollouts: Sequence[Rollout] = ()
+    rollouts: Sequence[Rollout],
+    cfg: LabelStage,
+    heldout_rollouts: Sequence[Rollout] = (),
+    earlier: Sides = ((), ()),
 ) -> LabelResult:
     """The stage without its files: rollouts in, rankings, judgments and report out.
 
-    The same annotators label all of it. Held out are the prompts of `heldout_rollouts`, else a share.
+    The same annotators label all of it. Held out are the prompts of `heldout_rollouts`, else a share; `earlier`
+    rankings come first, and see `divide`.
 
     Raises:
         DataError: a prompt has a single response, no prompt has two different ones, or one is to be trained on and
             held out.
     """
     held_ids = {rollout.prompt_id for rollout in heldout_rollouts}
-    if both := held_ids & {rollout.prompt_id for rollout in rollouts}:
+    trained_ids = {rollout.prompt_id for rollout in rollouts} | {ranking.prompt_id for ranking in earlier[0]}
+    if both := held_ids & trained_ids:
         raise DataError(
             f"{len(both)} prompts are in rollouts and in heldout_rollouts, {min(both)!r} for one",
             fix="sample held-out prompts that are not in the training prompts",
@@ -130,10 +158,7 @@ def label_rollouts(
     fit = dawid_skene(votes) if cfg.aggregate == "dawid_skene" else None
     posteriors = fit.posteriors if fit else majority(votes)
     rankings = _rankings(groups, gold_BK, posteriors, cfg)
-    if held_ids:
-        train, heldout = split_off(rankings, held_ids)
-    else:
-        train, heldout = split_by_prompt(rankings, cfg.heldout_fraction, cfg.seed)
+    train, heldout = divide(rankings, held_ids, cfg, earlier)
     report = {
         "notice": NOTICE,
         "labels": "simulated",
@@ -150,11 +175,13 @@ def label_rollouts(
             "pairs_undecided": sum(abs(p - 0.5) <= TIE for p in posteriors.values()),
             "pairs_gold_tied": sum(gold_BK[b][i] == gold_BK[b][j] for b, i, j in posteriors),
             "judgments": len(votes),
+            **({"rankings_earlier": sum(map(len, earlier))} if cfg.earlier else {}),
         },
         **_quality(votes, posteriors, gold_BK, fit),
         "configured_annotators": [annotator.model_dump() for annotator in cfg.annotators],
     }
-    return LabelResult(train, heldout, [_judgment_line(vote, groups) for vote in votes], report)
+    judgments = [_judgment_line(vote, groups) for vote in votes]
+    return LabelResult([*earlier[0], *train], [*earlier[1], *heldout], judgments, report)
 
 
 def group_rollouts(rollouts: Sequence[Rollout]) -> list[Group]:
@@ -199,6 +226,17 @@ def split_by_prompt(
     if heldout_fraction > 0:
         n = min(max(n, 1), len(order) - 1)
     return split_off(rankings, set(order[:n]))
+
+
+def divide(
+    rankings: Sequence[Ranking], held_ids: set[str], cfg: LabelStage, earlier: Sides
+) -> tuple[list[Ranking], list[Ranking]]:
+    """(train, held-out): a prompt of earlier rounds stays on its side, or a reward model would be tested on prompts
+    that it, or the policy's last reward model, was trained on. Of the others those in `held_ids`, else a share."""
+    trained_before, held_before = ({ranking.prompt_id for ranking in side} for side in earlier)
+    new = [ranking for ranking in rankings if ranking.prompt_id not in trained_before | held_before]
+    _, held = split_by_prompt(new, 0.0 if held_ids else cfg.heldout_fraction, cfg.seed)
+    return split_off(rankings, held_before | held_ids | {ranking.prompt_id for ranking in held})
 
 
 def split_off(rankings: Sequence[Ranking], held_ids: set[str]) -> tuple[list[Ranking], list[Ranking]]:
@@ -267,15 +305,15 @@ def _write(result: LabelResult, cfg: LabelStage) -> dict[str, str]:
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     atomic_write(run_dir / "README.txt", README.format(scorer=cfg.scorer, aggregate=cfg.aggregate))
-    write_rankings(run_dir / "rankings.train.jsonl", result.train)
-    write_rankings(run_dir / "rankings.heldout.jsonl", result.heldout)
+    write_rankings(run_dir / RANKINGS, result.train)
+    write_rankings(run_dir / HELDOUT_RANKINGS, result.heldout)
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in result.judgments)
     atomic_write(run_dir / "judgments.jsonl", "".join(lines))
     report = json.dumps(result.report, indent=1, ensure_ascii=False)
     atomic_write(run_dir / "labels_report.json", report + "\n")
-    outputs = {"train": str(run_dir / "rankings.train.jsonl")}
+    outputs = {"train": str(run_dir / RANKINGS)}
     if result.heldout:
-        outputs["heldout"] = str(run_dir / "rankings.heldout.jsonl")
+        outputs["heldout"] = str(run_dir / HELDOUT_RANKINGS)
     return outputs
 
 
