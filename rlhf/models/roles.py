@@ -244,7 +244,7 @@ def _reference(cfg: PPOStage, lm: Any, untrained: Any, trunk: Trunk | None, runt
         untrained: for a policy with adapters, its `shared_copy` from before they were put in.
     """
     if cfg.sharing == "separate" or cfg.reference not in (None, cfg.model):
-        reference = load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype)
+        reference = load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype).requires_grad_(False)
         if trunk is None or trunk.common_layers(reference) < trunk.depth:
             return Policy(reference)
         trunk.branch(reference)  # the policy goes on from an earlier run over the same trunk

@@ -119,8 +119,8 @@ def read_earlier(cfg: LabelStage) -> Sides:
     train, heldout = Path(cfg.earlier) / RANKINGS, Path(cfg.earlier) / HELDOUT_RANKINGS
     has_heldout = heldout.is_file() and heldout.stat().st_size > 0
     return (
-        list(read_rankings(DatasetConfig(path=str(train), format="ranking"))),
-        list(read_rankings(DatasetConfig(path=str(heldout), format="ranking"))) if has_heldout else [],
+        list(read_rankings(DatasetConfig.model_validate({"path": str(train), "format": "ranking"}))),
+        list(read_rankings(DatasetConfig.model_validate({"path": str(heldout), "format": "ranking"}))) if has_heldout else [],
     )
 
 

@@ -7,8 +7,9 @@ steps since its last checkpoint).
 
 With `rounds: N` the policy that PPO has reached is sampled and labeled again, N - 1 times. Decided, and why:
     - Its answers are sampled anew, not taken from PPO's archive: that holds one answer per prompt and pass, so that
-      often there is nothing to compare, and none of the held-out prompts. Half of them come from the policy of the
-      round before, since answers of one policy differ little, and the direction of PPO is what is to be judged.
+      often there is nothing to compare, and none of the held-out prompts. Half of them (none, of an odd number) come
+      from the policy of the round before: answers of one policy differ little, and the direction of PPO is what is to
+      be judged.
     - The reward model is trained anew from the SFT policy on the labels of all rounds: one that went on would have
       seen the old labels more often than the new ones, and hydra could not share its trunk.
     - PPO goes on with its policy and its critic, which knows the values along the way; the optimizer's moments and
@@ -32,7 +33,7 @@ import yaml
 from rich.console import Console
 
 from rlhf.config import fingerprint, validate
-from rlhf.config_schema import PipelineStage
+from rlhf.config_schema import PipelineStage, SampleStage
 from rlhf.errors import ConfigError, StageError
 from rlhf.files import atomic_write
 from rlhf.runs import (
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 ORDER = ("sft", "sample", "label", "reward", "ppo", "evaluate", "report")
 ROUND = ORDER[1:5]
 """The stages of a further round."""
+
+K = "completions_per_prompt"
 
 WIRED = {"sample": ("model",), "label": ("rollouts", "heldout_rollouts"), "reward": ("dataset",)}
 WIRED |= {"ppo": ("model", "reward_model", "critic")}
@@ -146,7 +149,8 @@ def check(cfg: PipelineStage) -> dict[str, Any]:
         except ConfigError as error:
             wrong[stage] = error.message
     if wrong:
-        raise ConfigError("\n".join(wrong.values()), fix="correct the blocks' keys, in the file or with stage.key=value")
+        fix = "correct the blocks' keys, in the file or with stage.key=value"
+        raise ConfigError("\n".join(wrong.values()), fix=fix)
     labels = [found for name, found in checked.items() if stage_of(name) == "label"]
     if not all(label.heldout_fraction or label.heldout_rollouts for label in labels) and (
         "eval_dataset" not in cfg.reward
@@ -166,7 +170,7 @@ def _refuse_taken(cfg: PipelineStage, name: str, source: str) -> None:
         ConfigError: the block has one.
     """
     stage = stage_of(name)
-    given = getattr(cfg, stage).keys() | cfg.later_rounds.get(stage, {}).keys()
+    given = getattr(cfg, stage).keys() | _later(cfg, stage).keys()
     if "run_dir" in given:
         raise ConfigError(f"{source}: run_dir belongs to the pipeline, which names its stages'")
     taken = [key for key in WIRED.get(stage, ()) if key in given]
@@ -215,7 +219,11 @@ def _given(cfg: PipelineStage, stage: str, number: int) -> dict[str, Any]:
     if number == 1:
         return given
     given.pop("further_models", None)  # those of the first round; a later one has the policy before
-    return _merged(given, copy.deepcopy(cfg.later_rounds.get(stage, {})))
+    return _merged(given, copy.deepcopy(_later(cfg, stage)))
+
+
+def _later(cfg: PipelineStage, stage: str) -> dict[str, Any]:
+    return next((block for name, block in cfg.later_rounds.items() if name == stage), {})
 
 
 def _merged(given: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +256,9 @@ def _round_inputs(cfg: PipelineStage, number: int) -> dict[str, dict[str, Any]]:
         before = {stage: stage_dir(cfg, in_round(stage, number - 1)) for stage in ROUND}
         policy = str(before["ppo"] / "final")
         one_before = sft if number == 2 else str(stage_dir(cfg, in_round("ppo", number - 2)) / "final")
-        inputs["sample"] = {"model": policy, "further_models": [one_before]}
+        count = _given(cfg, "sample", number).get(K, SampleStage.model_fields[K].default)
+        halves = isinstance(count, int) and count % 2 == 0
+        inputs["sample"] = {"model": policy, "further_models": [one_before] if halves else []}
         inputs["label"]["earlier"] = str(before["label"])
         inputs["ppo"] |= {"model": policy, "reference": sft, "critic": str(before["ppo"] / "critic")}
     return inputs
@@ -261,7 +271,7 @@ def _outer_inputs(cfg: PipelineStage) -> dict[str, dict[str, Any]]:
     reached = {
         f"round {number}": str(stage_dir(cfg, in_round("ppo", number)) / "final") for number in range(1, cfg.rounds)
     }
-    folders = {f"{s}_dir": str(last.get(s) or stage_dir(cfg, s)) for s in ORDER if s != "report"}
+    folders: dict[str, Any] = {f"{s}_dir": str(last.get(s) or stage_dir(cfg, s)) for s in ORDER if s != "report"}
     if cfg.rounds > 1:
         numbers = range(1, cfg.rounds + 1)
         folders["round_dirs"] = [str(stage_dir(cfg, in_round("ppo", number)).parent) for number in numbers]
