@@ -25,8 +25,9 @@ from reward_model.labeling.agreement import (
     ranks_from_wins,
     wins_matrix,
 )
+from reward_model.labeling.rounds import joined, read_sides
 from reward_model.labeling.simulate import Judgment, judge_pairs
-from rlhf.config_schema import DatasetConfig, LabelStage
+from rlhf.config_schema import LabelStage
 from rlhf.errors import DataError
 from rlhf.rollout.scorers import SCORERS
 from rlhf.runs import HELDOUT_RANKINGS, RANKINGS
@@ -58,10 +59,6 @@ To label by hand instead
   4. Train on it: rlhf reward CONFIG dataset.path=YOUR_FILE dataset.format=ranking
 The least that a line needs: {{"prompt": "...", "responses": ["One answer.", "Another."], "ranks": [2, 1]}}
 """
-
-
-Sides = tuple[Sequence[Ranking], Sequence[Ranking]]
-"""(train, held-out)."""
 
 
 @dataclass
@@ -98,7 +95,10 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
 
     rollouts = RolloutBuffer.from_parquet(cfg.rollouts).rollouts
     heldout = RolloutBuffer.from_parquet(cfg.heldout_rollouts).rollouts if cfg.heldout_rollouts else []
-    result = label_rollouts(rollouts, cfg, heldout, read_earlier(cfg))
+    result = label_rollouts(rollouts, cfg, heldout)
+    if cfg.earlier:
+        earlier, chosen = read_sides(cfg.earlier), cfg.heldout_rollouts is not None
+        result.train, result.heldout = joined(earlier, (result.train, result.heldout), chosen=chosen)
     outputs = _write(result, cfg)
     _print_table(result.report)
     agreement = result.report["agreement_with_gold"]["aggregate"]
@@ -106,42 +106,19 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
     return RunResult(cfg.run_dir, summary, outputs)
 
 
-def read_earlier(cfg: LabelStage) -> Sides:
-    """The rankings of the rounds before, where there are any.
-
-    Raises:
-        DataError: there are none in the folder, or they cannot be read.
-    """
-    from rlhf.data.records import read_rankings
-
-    if cfg.earlier is None:
-        return [], []
-    train, heldout = Path(cfg.earlier) / RANKINGS, Path(cfg.earlier) / HELDOUT_RANKINGS
-    has_heldout = heldout.is_file() and heldout.stat().st_size > 0
-    return (
-        list(read_rankings(DatasetConfig.model_validate({"path": str(train), "format": "ranking"}))),
-        list(read_rankings(DatasetConfig.model_validate({"path": str(heldout), "format": "ranking"}))) if has_heldout else [],
-    )
-
-
 def label_rollouts(
-    rollouts: Sequence[Rollout],
-    cfg: LabelStage,
-    heldout_rollouts: Sequence[Rollout] = (),
-    earlier: Sides = ((), ()),
+    rollouts: Sequence[Rollout], cfg: LabelStage, heldout_rollouts: Sequence[Rollout] = ()
 ) -> LabelResult:
     """The stage without its files: rollouts in, rankings, judgments and report out.
 
-    The same annotators label all of it. Held out are the prompts of `heldout_rollouts`, else a share; `earlier`
-    rankings come first, and see `divide`.
+    The same annotators label all of it. Held out are the prompts of `heldout_rollouts`, else a share.
 
     Raises:
         DataError: a prompt has a single response, no prompt has two different ones, or one is to be trained on and
             held out.
     """
     held_ids = {rollout.prompt_id for rollout in heldout_rollouts}
-    trained_ids = {rollout.prompt_id for rollout in rollouts} | {ranking.prompt_id for ranking in earlier[0]}
-    if both := held_ids & trained_ids:
+    if both := held_ids & {rollout.prompt_id for rollout in rollouts}:
         raise DataError(
             f"{len(both)} prompts are in rollouts and in heldout_rollouts, {min(both)!r} for one",
             fix="sample held-out prompts that are not in the training prompts",
@@ -158,7 +135,10 @@ def label_rollouts(
     fit = dawid_skene(votes) if cfg.aggregate == "dawid_skene" else None
     posteriors = fit.posteriors if fit else majority(votes)
     rankings = _rankings(groups, gold_BK, posteriors, cfg)
-    train, heldout = divide(rankings, held_ids, cfg, earlier)
+    if held_ids:
+        train, heldout = split_off(rankings, held_ids)
+    else:
+        train, heldout = split_by_prompt(rankings, cfg.heldout_fraction, cfg.seed)
     report = {
         "notice": NOTICE,
         "labels": "simulated",
@@ -175,13 +155,11 @@ def label_rollouts(
             "pairs_undecided": sum(abs(p - 0.5) <= TIE for p in posteriors.values()),
             "pairs_gold_tied": sum(gold_BK[b][i] == gold_BK[b][j] for b, i, j in posteriors),
             "judgments": len(votes),
-            **({"rankings_earlier": sum(map(len, earlier))} if cfg.earlier else {}),
         },
         **_quality(votes, posteriors, gold_BK, fit),
         "configured_annotators": [annotator.model_dump() for annotator in cfg.annotators],
     }
-    judgments = [_judgment_line(vote, groups) for vote in votes]
-    return LabelResult([*earlier[0], *train], [*earlier[1], *heldout], judgments, report)
+    return LabelResult(train, heldout, [_judgment_line(vote, groups) for vote in votes], report)
 
 
 def group_rollouts(rollouts: Sequence[Rollout]) -> list[Group]:
@@ -226,17 +204,6 @@ def split_by_prompt(
     if heldout_fraction > 0:
         n = min(max(n, 1), len(order) - 1)
     return split_off(rankings, set(order[:n]))
-
-
-def divide(
-    rankings: Sequence[Ranking], held_ids: set[str], cfg: LabelStage, earlier: Sides
-) -> tuple[list[Ranking], list[Ranking]]:
-    """(train, held-out): a prompt of earlier rounds stays on its side, or a reward model would be tested on prompts
-    that it, or the policy's last reward model, was trained on. Of the others those in `held_ids`, else a share."""
-    trained_before, held_before = ({ranking.prompt_id for ranking in side} for side in earlier)
-    new = [ranking for ranking in rankings if ranking.prompt_id not in trained_before | held_before]
-    _, held = split_by_prompt(new, 0.0 if held_ids else cfg.heldout_fraction, cfg.seed)
-    return split_off(rankings, held_before | held_ids | {ranking.prompt_id for ranking in held})
 
 
 def split_off(rankings: Sequence[Ranking], held_ids: set[str]) -> tuple[list[Ranking], list[Ranking]]:
