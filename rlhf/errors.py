@@ -58,3 +58,11 @@ class RewardError(RlhfError):
 
 class MemoryLimitError(RlhfError):
     """Memory ran out; names the phase and the settings to lower."""
+
+
+class LabelError(RlhfError):
+    """The labeling store refuses: an answer does not fit its item, or something is unknown or not allowed."""
+
+
+class LeaseError(LabelError):
+    """The item is no longer this annotator's: the lease ran out, and the place has gone to somebody else."""

@@ -156,8 +156,8 @@ def test_files_and_functions_stay_small(module: str) -> None:
     assert not wrong
 
 
-def test_packages_are_at_most_two_folders_deep() -> None:
-    assert max(len(path.relative_to(ROOT).parts) for path in FILES) <= 3
+def test_packages_hold_at_most_two_levels_of_folders() -> None:
+    assert max(len(path.relative_to(ROOT).parts) for path in FILES) <= 4
 
 
 def test_the_rules_see_a_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,3 +134,60 @@ def canonical_ranks(answer: Answer, order: list[int]) -> list[int]:
     for place, response in enumerate(order):
         ranks[response] = shown[place]
     return ranks
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one annotator has before them. Blind: texts alone, by place; nothing says where they come from."""
+
+    assignment_id: int
+    item_id: int
+    kind: Kind
+    prompt: Prompt
+    responses: list[str]
+    lease_expires_ms: int
+    previous: Answer | None = None
+    """After an undo: the answer that was withdrawn."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """That a judgment is stored. `policies`, by place, are told only now.
+
+    `repeated`: the submission was stored before, the same click came twice. `paused`: "", or why this annotator gets
+    no further items.
+    """
+
+    judgment_id: int
+    repeated: bool
+    policies: list[str]
+    paused: str
+
+
+@dataclass(frozen=True)
+class Added:
+    """How many of the items that were brought are new, and how many were there before."""
+
+    new: int
+    known: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a project stands, in judgments that decide; gold questions and retired items are not in the last four.
+
+    Attributes:
+        judged: by this user, gold questions and repeats included; without a user by all people.
+        paused: "", or why this user gets no items.
+        wanted: asked for in all.
+        done: of those, given.
+        open: of those, neither given nor before an annotator now, and not held back by a flag.
+        flagged: items held back by a flag.
+    """
+
+    judged: int
+    paused: str
+    wanted: int
+    done: int
+    open: int
+    flagged: int

@@ -10,6 +10,8 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, LargeBinary, MetaData, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from reward_model.labeling.records import Choice, Kind, Labeler
+
 NAMES = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -33,10 +35,14 @@ class UserRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(64), unique=True)
     role: Mapped[str] = mapped_column(String(16))  # admin, annotator, viewer
-    labeler: Mapped[str] = mapped_column(String(16), default="person")
+    labeler: Mapped[Labeler] = mapped_column(String(16), default="person")
     password_hash: Mapped[str | None] = mapped_column(String(256))
     active: Mapped[bool] = mapped_column(default=True)
     paused: Mapped[str] = mapped_column(String(200), default="")  # why no items are served; "" if they are
+    served: Mapped[int] = mapped_column(default=0)  # items first shown to them; gold counts, repeats do not
+    judged: Mapped[int] = mapped_column(default=0)  # effective judgments that decide
+    side_balance: Mapped[int] = mapped_column(default=0)  # pairs shown in the item's order, minus those swapped
+    gold_since_ms: Mapped[int] = mapped_column(BigInteger, default=0)  # older gold answers no longer count
     created_ms: Mapped[int] = mapped_column(BigInteger)
 
 
@@ -67,14 +73,20 @@ class SessionRow(Base):
 
 
 class ItemRow(Base):
-    """`records.Item`. `taken` counts the judgments that decide and the leases that run, against `wanted`."""
+    """`records.Item`. `taken` counts the judgments that decide and the leases that run, against `wanted`.
+
+    Judgments by machines and of repeats do not count, and a gold question is never full.
+    """
 
     __tablename__ = "items"
-    __table_args__ = (Index("ix_items_serving", "state", "is_gold", "priority", "id"),)
+    __table_args__ = (
+        Index("ix_items_serving", "state", "is_gold", "urgency", "id"),
+        Index("ix_items_counts", "is_gold", "state", "wanted", "taken"),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(String(16), unique=True)
-    kind: Mapped[str] = mapped_column(String(16))
+    kind: Mapped[Kind] = mapped_column(String(16))
     prompt: Mapped[Any] = mapped_column(JSON)
     responses: Mapped[list[Any]]
     prompt_id: Mapped[str] = mapped_column(String(64), default="")
@@ -82,7 +94,7 @@ class ItemRow(Base):
     batch: Mapped[str] = mapped_column(String(64), default="", index=True)
     wanted: Mapped[int] = mapped_column(default=1)
     taken: Mapped[int] = mapped_column(default=0)
-    priority: Mapped[float] = mapped_column(default=0.0)
+    urgency: Mapped[float] = mapped_column(default=0.0)  # minus the priority: an index can be read upwards
     is_gold: Mapped[bool] = mapped_column(default=False)
     gold_ranks: Mapped[list[Any] | None]
     state: Mapped[str] = mapped_column(String(16), default="open")  # open, full, flagged, retired
@@ -91,7 +103,11 @@ class ItemRow(Base):
 
 
 class AssignmentRow(Base):
-    """An item before one annotator, in one order of its responses. A lease that ran out frees the place."""
+    """An item before one annotator, in one order of its responses, which never changes.
+
+    States: `leased`; `expired`, the lease ran out and the place is free; `done`, by an answer that decides; `passed`,
+    by skip or flag; `planned`, a repeat that is shown once the annotator has been served `due` items.
+    """
 
     __tablename__ = "assignments"
     __table_args__ = (
@@ -105,7 +121,8 @@ class AssignmentRow(Base):
     user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
     presentation: Mapped[int] = mapped_column(default=0)
     side_order: Mapped[list[Any]]
-    state: Mapped[str] = mapped_column(String(16), default="leased")  # leased, expired, done
+    state: Mapped[str] = mapped_column(String(16), default="leased")
+    due: Mapped[int | None]
     lease_expires_ms: Mapped[int] = mapped_column(BigInteger)
     shown_ms: Mapped[int | None] = mapped_column(BigInteger)
     created_ms: Mapped[int] = mapped_column(BigInteger)
@@ -119,7 +136,7 @@ class JudgmentRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     assignment_id: Mapped[int] = mapped_column(ForeignKey("assignments.id"), index=True)
     submission_id: Mapped[str] = mapped_column(String(64), unique=True)
-    choice: Mapped[str] = mapped_column(String(16))
+    choice: Mapped[Choice] = mapped_column(String(16))
     value: Mapped[int | None]
     ranks: Mapped[list[Any] | None]
     confidence: Mapped[int | None]
