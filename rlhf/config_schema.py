@@ -183,6 +183,11 @@ class LabelStage(StageConfig):
     aggregate: Literal["majority", "dawid_skene"] = "dawid_skene"
     judge: JudgeConfig | None = Field(default=None, description="the model that labels, with `labeler: ai`")
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.15, description="prompts kept for testing")
+    earlier: str | None = Field(
+        default=None,
+        description="label folder of the round before: its rankings come first in the new files, and its prompts stay "
+        "on the side, trained on or held out, where they are",
+    )
 
     @model_validator(mode="after")
     def _labeler_described(self) -> LabelStage:
@@ -259,6 +264,9 @@ class PPOStage(StageConfig):
     critic_init: Literal["reward_model", "policy"] = Field(
         default="reward_model", description="weights that the critic starts from; policy: with a head of zeros"
     )
+    critic: str | None = Field(
+        default=None, description="`critic/` of an earlier run to go on with, in place of critic_init's"
+    )
     critic_layers: Positive | None = Field(
         default=None, description="of the critic only so many top layers are trained; default: tuning.layers"
     )
@@ -302,7 +310,7 @@ class PPOStage(StageConfig):
             )
         if sum(reward is not None for reward in (self.reward_model, self.scorer, self.reward_endpoint)) != 1:
             raise ValueError("exactly one of reward_model, scorer and reward_endpoint must be set")
-        if self.critic_init == "reward_model" and self.reward_model is None:
+        if self.critic_init == "reward_model" and self.reward_model is None and self.critic is None:
             raise ValueError("critic_init: reward_model needs reward_model; set critic_init: policy")
         if self.batch_size % self.minibatches:
             raise ValueError(
@@ -369,6 +377,9 @@ class ReportStage(StageConfig):
     label_dir: str | None = None
     reward_dir: str | None = None
     ppo_dir: str | None = None
+    round_dirs: list[str] = Field(
+        default=[], description="of a run in rounds, where each has its sample, label, reward and ppo folder"
+    )
 
 
 class PipelineStage(Strict):
@@ -380,6 +391,14 @@ class PipelineStage(Strict):
     seed: Seed = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     tracking: TrackingConfig = TrackingConfig()
+    rounds: Positive = Field(
+        default=1,
+        description="of labels; each further one samples the policy that PPO has reached, labels its answers, trains "
+        "the reward model anew on all labels so far, and goes on with PPO",
+    )
+    later_rounds: dict[Literal["sample", "label", "reward", "ppo"], dict[str, Any]] = Field(
+        default={}, description="keys of these blocks that are others from the second round on: {ppo: {steps: 7}}"
+    )
     launcher: str = Field(
         "", description='e.g. "accelerate launch --config_file launch/zero2.yaml"; empty: plain python'
     )

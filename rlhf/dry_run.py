@@ -18,7 +18,10 @@ from rlhf.config import dump
 from rlhf.config_schema import DatasetConfig, EvaluateStage, PipelineStage, SFTStage
 from rlhf.errors import ConfigError, DataError, ModelError
 from rlhf.models import bundled
-from rlhf.runs import MODEL_KEYS
+from rlhf.runs import MODEL_KEYS, RANKINGS
+
+_FOLDERS = {"evaluate_dir": ("evaluation.json", "evaluate"), "earlier": (RANKINGS, "label")}
+"""Keys that name a stage's folder: the file in it that is read, and the stage."""
 
 
 def describe(stage: str, cfg: Any, *, quiet: bool = False) -> None:
@@ -34,7 +37,7 @@ def describe(stage: str, cfg: Any, *, quiet: bool = False) -> None:
 
         _launcher(cfg.launcher)
         for planned in plan(cfg):
-            console.print(f"{planned.stage} -> {planned.cfg.run_dir}: {planned.state}", style="bold")
+            console.print(f"{planned.name} -> {planned.cfg.run_dir}: {planned.state}", style="bold")
             _Inputs(planned.stage, planned.cfg, console, produced=cfg.run_dir, first_model=cfg.model).check()
         return
     console.print(f"{stage} would run with:\n{dump(cfg)}")
@@ -93,7 +96,7 @@ class _Inputs:
                 self._dataset(key, value)
             elif key in MODEL_KEYS and isinstance(value, str):
                 self._model(key, value)
-            elif key in ("rollouts", "heldout_rollouts", "evaluate_dir") and isinstance(value, str):
+            elif key in ("rollouts", "heldout_rollouts", "evaluate_dir", "earlier") and isinstance(value, str):
                 self._file(key, value)
             elif key == "policies":
                 for name, model in value.items():
@@ -136,12 +139,13 @@ class _Inputs:
         return ""
 
     def _file(self, key: str, path: str) -> None:
-        needed = Path(path) / "evaluation.json" if key == "evaluate_dir" else Path(path)
+        inside, maker = _FOLDERS.get(key, ("", ""))
+        needed = Path(path) / inside
         if self._comes_later(str(needed)):
             self._say(key, f"{path} (an earlier stage writes it)")
-        elif key == "evaluate_dir":
+        elif inside:
             if not needed.is_file():
-                raise DataError(f"{key}: there is no {needed}", fix="run `rlhf evaluate` first, or correct the path")
+                raise DataError(f"{key}: there is no {needed}", fix=f"run `rlhf {maker}` first, or correct the path")
             self._say(key, str(needed))
         else:
             from rlhf.rollout.buffer import RolloutBuffer

@@ -37,8 +37,16 @@ again."""
 
 _FREE_OF_A_JUDGE = ("endpoint", "budget", "local_batch_size", "max_failures")
 _LEARNED_OF_AN_ENDPOINT = ("logprobs", "structured", "max_answer_tokens", "request")
+
+ADDED_LATER = {"earlier": None, "critic": None, "round_dirs": [], "judge": None}
+"""Keys that are younger than runs on some disks. With these values they do not count, so that what was done before they
+existed is still done, and its checkpoints still fit."""
+
+RANKINGS, HELDOUT_RANKINGS = "rankings.train.jsonl", "rankings.heldout.jsonl"
+"""What `label` writes for training and for testing."""
+
 _ROLLOUT_KEYS = ("rollouts", "heldout_rollouts")
-MODEL_KEYS = ("model", "reference", "base", "reward_model")
+MODEL_KEYS = ("model", "reference", "base", "reward_model", "critic")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
 
 _LABELING = (
@@ -193,6 +201,7 @@ def learned_fingerprint(cfg: StageConfig, *, processes: int = 1) -> str:
     where it is asked and what it may cost are free.
     """
     keys = {k: v for k, v in cfg.model_dump(mode="json").items() if k not in FREE_TO_CHANGE}
+    keys = {k: v for k, v in keys.items() if k not in ADDED_LATER or v != ADDED_LATER[k]}
     if (sampling := keys.get("sampling") or {}).get("engine") == "native":
         keys["sampling"] = {k: v for k, v in sampling.items() if k != "batch_size"}
     if judge := keys.get("judge"):
@@ -206,9 +215,12 @@ def _answering(judge: dict[str, Any]) -> dict[str, Any]:
 
 
 def named_data(cfg: StageConfig) -> set[str]:
-    """Every data set that a configuration names, by its `path`, and the rollouts to be labeled."""
+    """Every data set that a configuration names, by its `path`, the rollouts to be labeled, and earlier labels."""
     plain = cfg.model_dump(mode="json")
-    return _paths(plain) | {plain[key] for key in _ROLLOUT_KEYS if isinstance(plain.get(key), str)}
+    named = _paths(plain) | {plain[key] for key in _ROLLOUT_KEYS if isinstance(plain.get(key), str)}
+    if plain.get("earlier"):
+        named |= {str(Path(plain["earlier"]) / name) for name in (RANKINGS, HELDOUT_RANKINGS)}
+    return named
 
 
 def named_models(cfg: StageConfig) -> set[str]:

@@ -22,7 +22,8 @@ from rlhf.errors import DataError
 from rlhf.eval import charts
 from rlhf.eval.health import health_notes
 from rlhf.eval.panels import CHARTS, DASH, METRICS, Metric, duration, show_fixed, show_number, show_percent
-from rlhf.eval.run_files import STAGE_ORDER, RunFiles, display_name, finite, read_run
+from rlhf.eval.rounds import gold_chart, round_rows
+from rlhf.eval.run_files import RunFiles, display_name, finite, read_run
 
 MAX_PROMPTS = 10
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -72,6 +73,7 @@ def summarise(run: RunFiles, *, seed: int) -> dict[str, Any]:
         "stages": {stage: _costs(run.results[stage]) for stage in run.dirs},
         "reward_model": {key: _plain(reward.get(key)) for key in keys},
         "policy": _policy_summary(run),
+        **({"rounds": round_rows(run)} if run.rounds > 1 else {}),
         "warnings": [note.alarm for note in health_notes(run) if not note.ok],
     }
 
@@ -121,6 +123,7 @@ def render_report(cfg: ReportStage) -> str:
     """
     run = read_run(cfg)
     summary = summarise(run, seed=cfg.seed)
+    rounds = round_rows(run)
     page = (
         _template_environment()
         .get_template("report.html.j2")
@@ -135,6 +138,8 @@ def render_report(cfg: ReportStage) -> str:
             policies=list(run.policies),
             tones=_tones(run),
             grades=_grade_chart(run),
+            rounds=rounds,
+            gold_by_kl=gold_chart(rounds),
             notes=health_notes(run),
             remarks=run.evaluation.get("notes") or [],
             samples=(run.evaluation.get("samples") or [])[:MAX_PROMPTS],
@@ -251,18 +256,17 @@ def _panels(run: RunFiles, stage: str) -> list[dict[str, Any]]:
 def _stage_rows(run: RunFiles, summary: dict[str, Any]) -> list[dict[str, Any]]:
     total = summary["wall_s"] or 0.0
     rows = []
-    for stage in STAGE_ORDER:
-        if stage in run.dirs:
-            numbers = summary["stages"][stage]
-            share = numbers["wall_s"] / total if numbers["wall_s"] and total else 0.0
-            fingerprint = str(run.results[stage].get("config_sha256") or "")[:12]
-            rows.append({"stage": stage, "share": share, "config": fingerprint, **numbers})
+    for stage in run.dirs:
+        numbers = summary["stages"][stage]
+        share = numbers["wall_s"] / total if numbers["wall_s"] and total else 0.0
+        fingerprint = str(run.results[stage].get("config_sha256") or "")[:12]
+        rows.append({"stage": stage, "share": share, "config": fingerprint, **numbers})
     return rows
 
 
 def _commands(run: RunFiles) -> list[str]:
     """One shell line per stage whose configuration was kept."""
-    configs = [(stage, path / "config.yaml") for stage, path in run.dirs.items()]
+    configs = [(stage.split()[0], path / "config.yaml") for stage, path in run.dirs.items()]
     return [f"python -m rlhf {stage} {shlex.quote(str(path))}" for stage, path in configs if path.is_file()]
 
 

@@ -15,6 +15,7 @@ from rlhf.errors import DataError
 from rlhf.eval.charts import Point
 
 STAGE_ORDER = ("sft", "sample", "label", "reward", "ppo", "evaluate")
+ROUND_STAGES = STAGE_ORDER[1:5]
 
 
 @dataclass
@@ -27,7 +28,10 @@ class Metrics:
 
 @dataclass
 class RunFiles:
-    """All inputs of the report. Dictionaries by stage are empty where a file is missing."""
+    """All inputs of the report. Dictionaries by stage are empty where a file is missing.
+
+    Of a run in rounds the stages' own names are the last round's; before them stand those of the others: `ppo 1`.
+    """
 
     evaluation: dict[str, Any]
     dirs: dict[str, Path]
@@ -39,6 +43,7 @@ class RunFiles:
     ppo_health: dict[str, Any] | None
     candidate: str
     baseline: str
+    rounds: int = 1
 
     @property
     def policies(self) -> dict[str, dict[str, Any]]:
@@ -85,7 +90,7 @@ def read_run(cfg: ReportStage) -> RunFiles:
     Raises:
         DataError: evaluation.json is missing or malformed, or another file is malformed.
     """
-    dirs = {stage: Path(path) for stage in STAGE_ORDER if (path := getattr(cfg, f"{stage}_dir", None))}
+    dirs = _dirs(cfg)
     evaluation = _read_evaluation(dirs["evaluate"])
     labels = _read_json(dirs["label"] / "labels_report.json") if "label" in dirs else None
     config = dirs["ppo"] / "config.yaml" if "ppo" in dirs else None
@@ -101,7 +106,20 @@ def read_run(cfg: ReportStage) -> RunFiles:
         ppo_health=_read_json(dirs["ppo"] / "health.json") if "ppo" in dirs else None,
         candidate=candidate,
         baseline=baseline,
+        rounds=max(1, len(cfg.round_dirs)),
     )
+
+
+def _dirs(cfg: ReportStage) -> dict[str, Path]:
+    """Stage -> folder, in the order in which they ran."""
+    found = {stage: Path(path) for stage in STAGE_ORDER if (path := getattr(cfg, f"{stage}_dir", None))}
+    earlier = {
+        f"{stage} {number}": Path(folder) / stage
+        for number, folder in enumerate(cfg.round_dirs[:-1], 1)
+        for stage in ROUND_STAGES
+    }
+    first = {stage: found.pop(stage) for stage in ("sft",) if stage in found}
+    return {**first, **earlier, **found}
 
 
 def read_metrics(path: Path) -> Metrics:

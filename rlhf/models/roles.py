@@ -244,10 +244,14 @@ def _reference(cfg: PPOStage, lm: Any, untrained: Any, trunk: Trunk | None, runt
         untrained: for a policy with adapters, its `shared_copy` from before they were put in.
     """
     if cfg.sharing == "separate" or cfg.reference not in (None, cfg.model):
-        return Policy(load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype))
-    reference = untrained if untrained is not None else cast_copy(lm, runtime.dtype)
-    if trunk is None:
-        return Policy(reference)
+        reference = load_causal_lm(cfg.reference or cfg.model, dtype=runtime.dtype).requires_grad_(False)
+        if trunk is None or trunk.common_layers(reference) < trunk.depth:
+            return Policy(reference)
+        trunk.branch(reference)  # the policy goes on from an earlier run over the same trunk
+    else:
+        reference = untrained if untrained is not None else cast_copy(lm, runtime.dtype)
+        if trunk is None:
+            return Policy(reference)
     trunk.grow(reference)
     return Policy(reference, trunk.branch(reference))
 
@@ -262,10 +266,10 @@ def recompute_activations(*models: Any) -> None:
 
 
 def _critic_scalar(cfg: PPOStage, precision: torch.dtype) -> ScalarModel:
-    source = cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model
+    source = cfg.critic or (cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model)
     assert source is not None, "config_schema.PPOStage checks this"
     dtype = storage_dtype(cfg.tuning, precision)
-    is_new = cfg.critic_init != "reward_model"
+    is_new = cfg.critic is None and cfg.critic_init != "reward_model"
     scalar = load_scalar_model(source, dtype=dtype, new_head=is_new, keep_adapter=cfg.sharing == "lora" and not is_new)
     if is_new:  # values of 0 disturb no advantage; those of a random head are as large as the rewards
         nn.init.zeros_(scalar.classifier.score.weight)

@@ -26,9 +26,11 @@ from reward_model.labeling.agreement import (
 )
 from reward_model.labeling.groups import Group, LabelResult, comparable, group_rollouts, split
 from reward_model.labeling.judged import judge_rollouts
+from reward_model.labeling.rounds import joined, read_sides
 from reward_model.labeling.simulate import Judgment, judge_pairs
 from rlhf.config_schema import LabelStage
 from rlhf.rollout.scorers import SCORERS
+from rlhf.runs import HELDOUT_RANKINGS, RANKINGS
 from rlhf.types import Ranking, Rollout, RunResult
 
 NOTICE = (
@@ -79,6 +81,9 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
     else:
         result = label_rollouts(rollouts, cfg, heldout)
         _print_table(result.report)
+    if cfg.earlier:
+        earlier, chosen = read_sides(cfg.earlier), cfg.heldout_rollouts is not None
+        result.train, result.heldout = joined(earlier, (result.train, result.heldout), chosen=chosen)
     outputs = _write(result, cfg)
     if result.unfinished:
         raise result.unfinished
@@ -191,15 +196,15 @@ def _write(result: LabelResult, cfg: LabelStage) -> dict[str, str]:
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     atomic_write(run_dir / "README.txt", result.readme)
-    write_rankings(run_dir / "rankings.train.jsonl", result.train)
-    write_rankings(run_dir / "rankings.heldout.jsonl", result.heldout)
+    write_rankings(run_dir / RANKINGS, result.train)
+    write_rankings(run_dir / HELDOUT_RANKINGS, result.heldout)
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in result.judgments)
     atomic_write(run_dir / "judgments.jsonl", "".join(lines))
     report = json.dumps(result.report, indent=1, ensure_ascii=False)
     atomic_write(run_dir / "labels_report.json", report + "\n")
-    outputs = {"train": str(run_dir / "rankings.train.jsonl")}
+    outputs = {"train": str(run_dir / RANKINGS)}
     if result.heldout:
-        outputs["heldout"] = str(run_dir / "rankings.heldout.jsonl")
+        outputs["heldout"] = str(run_dir / HELDOUT_RANKINGS)
     return outputs
 
 

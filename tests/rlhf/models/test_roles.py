@@ -50,6 +50,21 @@ def test_a_critic_from_the_policy_has_its_trunk_and_a_new_head(stage_config: Any
     assert roles.actor_critic.critic(TOKENS, MASK).eq(0).all(), "no advantage is disturbed"
 
 
+@torch.no_grad()
+def test_a_critic_of_an_earlier_run_goes_on_in_place_of_critic_init(
+    stage_config: Any, runtime: Runtime, tiny: Any, tmp_path: Path
+) -> None:
+    build_roles(stage_config("ppo"), runtime).export(tmp_path, torch.float32)
+    expected = load_scalar_model(tiny.reward, dtype=torch.float32)(TOKENS, MASK)
+    for others in (
+        {"critic_init": "policy"},
+        {"critic_init": "reward_model", "reward_model": None, "scorer": "readability"},
+    ):
+        cfg = stage_config("ppo", critic=str(tmp_path / "critic"), **others)
+        values = build_roles(cfg, runtime).actor_critic.critic(TOKENS, MASK)
+        torch.testing.assert_close(values[:, 1:], expected[:, :-1], atol=1e-6, rtol=0)
+
+
 def test_lora_trains_both_adapters_and_the_critic_s_head(stage_config: Any, runtime: Runtime) -> None:
     roles = build_roles(stage_config("ppo", tuning={"kind": "lora", "rank": 4}), runtime)
     names = [name for name, p in roles.actor_critic.named_parameters() if p.requires_grad]

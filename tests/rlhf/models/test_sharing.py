@@ -54,6 +54,31 @@ def test_training_is_that_of_separate_models(trained: Any, shared: dict[str, Any
 
 
 @pytest.fixture
+def gone_on(trained: Any, tiny: Any, tmp_path: Path) -> dict[str, Any]:
+    """Of a run that goes on from another one: its policy and critic, and the reference of both."""
+    trained("first", **HYDRA)
+    first = tmp_path / "first"
+    return {"model": str(first / "final"), "critic": str(first / "critic"), "reference": tiny.path}
+
+
+def test_a_run_that_goes_on_trains_alike_whether_weights_are_shared(trained: Any, gone_on: dict[str, Any]) -> None:
+    ours, theirs = trained("ours", **HYDRA, **gone_on), trained("theirs", **{**HYDRA, "sharing": "separate"}, **gone_on)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
+    assert ours[0]["objective/kl"] > 0.01, "measured against the first run's reference"
+
+
+def test_the_reference_of_a_run_that_goes_on_stands_on_the_trunk(
+    stage_config: Any, runtime: Runtime, gone_on: dict[str, Any]
+) -> None:
+    roles = build_roles(stage_config("ppo", **HYDRA, **gone_on), runtime)
+    assert roles.begins(None) == {"policy": 1, "reference": 1, "critic": 1}
+    policy, reference = roles.actor_critic.policy.lm.model, roles.reference.lm.model
+    assert len(tensors(policy) & tensors(reference)) == 10, "the embeddings and the nine tensors of the lower layer"
+    assert not torch.equal(policy.layers[1].mlp.up_proj.weight, reference.layers[1].mlp.up_proj.weight)
+
+
+@pytest.fixture
 def deep(tiny: Any, tiny_lm: Callable[..., Any], tmp_path: Path) -> dict[str, Any]:
     """Of 4 layers the policy learns 3 and the critic 1; the reward model is the policy up to its 2 top layers."""
     lm = tiny_lm(len(tiny.tokenizer), layers=4)

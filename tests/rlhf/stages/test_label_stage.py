@@ -269,3 +269,21 @@ def test_held_out_rollouts_are_labeled_alike_and_kept_apart() -> None:
     assert result.report["counts"]["prompts"] == 12
     with pytest.raises(DataError, match="1 prompts are in rollouts and in heldout_rollouts"):
         label_rollouts(everything[:2] + training, config(), heldout[:2])
+
+
+def test_earlier_labels_are_read_from_their_folder(labeled: tuple[Path, LabelStage], tmp_path: Path) -> None:
+    _, first = labeled
+    main(first)
+    second = config(run_dir=str(tmp_path / "second"), rollouts=first.rollouts, seed=4, earlier=first.run_dir)
+    main(second)
+    for name in ("rankings.train.jsonl", "rankings.heldout.jsonl"):
+        before, now = (Path(cfg.run_dir, name).read_text() for cfg in (first, second))
+        assert now.startswith(before)
+        assert len(now.splitlines()) == 2 * len(before.splitlines())
+
+
+def test_earlier_labels_that_are_not_there_are_named(labeled: tuple[Path, LabelStage], tmp_path: Path) -> None:
+    _, first = labeled
+    missing = config(run_dir=str(tmp_path / "x"), rollouts=first.rollouts, earlier=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="nowhere"):
+        main(missing)

@@ -9,84 +9,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
-from typer.testing import CliRunner
 
 from rlhf import config
-from rlhf.cli import app
 from rlhf.errors import ConfigError, StageError
 from rlhf.runs import RunOptions
 from rlhf.stages import pipeline
 
 ROOT = Path(__file__).resolve().parents[3]
-TOPICS = "sun star light moon sea sky blue red water rain cloud wind"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
 
 
 @pytest.fixture(scope="module")
-def file(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(pipeline_file: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline's YAML; its run folder, beside it, was filled by one real run through subprocesses."""
     root = tmp_path_factory.mktemp("pipeline")
-    words = TOPICS.split()
-    answers = ["the sun is hot .", "rain is water .", "it is a big star .", "we see the light ."]
-    rows = [{"prompt": f"explain {w}", "completion": answers[i % 4]} for i, w in enumerate(words)]
-    data = {"path": str(root / "rows.jsonl")}
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sampling = {"max_new_tokens": 8, "batch_size": 16}
-    blocks = {
-        "run_dir": str(root / "run"),
-        "title": "Tiny",
-        "model": tiny.path,
-        "precision": "fp32",
-        "tracking": {"wandb": "off"},
-        "sft": {
-            "dataset": data,
-            "batch_size": 4,
-            "micro_batch_size": 4,
-            "max_length": 64,
-            "lr": 1e-2,
-            "epochs": 2,
-        },
-        "sample": {"prompts": data, "completions_per_prompt": 3, "sampling": sampling},
-        "label": {"annotators": [{"name": "ada", "noise": 0.5}, {"name": "bob"}], "heldout_fraction": 0.25},
-        "reward": {
-            "loss": "all_pairs",
-            "normalise_on": data,
-            "batch_size": 4,
-            "micro_batch_size": 2,
-            "max_length": 64,
-        },
-        "ppo": {"prompts": data, "sampling": sampling, "steps": 2, "batch_size": 8, "optim": {"lr": 1e-3}},
-        "evaluate": {"prompts": data, "sampling": sampling, "samples_per_prompt": 2},
-    }
-    (root / "p.yaml").write_text(yaml.safe_dump(blocks))
+    pipeline_file(root)
     command = [sys.executable, "-m", "rlhf", "pipeline", str(root / "p.yaml")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root / "p.yaml"
-
-
-@pytest.fixture
-def stages_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The stages that a pipeline starts, run in this process to save their start-up."""
-    started: list[str] = []
-
-    def run(command: list[str], **_: Any) -> Any:
-        started.append(command[3])
-        result = CliRunner().invoke(app, command[3:])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return subprocess.CompletedProcess(command, result.exit_code)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "subprocess", SimpleNamespace(run=run))
-        yield started
 
 
 def run(file: Path, *overrides: str, resume: str = "auto") -> None:
