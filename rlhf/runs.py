@@ -38,7 +38,15 @@ again."""
 _FREE_OF_A_JUDGE = ("endpoint", "budget", "local_batch_size", "max_failures")
 _LEARNED_OF_AN_ENDPOINT = ("logprobs", "structured", "max_answer_tokens", "request")
 
-ADDED_LATER = {"earlier": None, "critic": None, "round_dirs": [], "judge": None}
+ADDED_LATER = {
+    "earlier": None,
+    "critic": None,
+    "round_dirs": [],
+    "judge": None,
+    "ensemble": None,
+    "reward_aggregate": None,
+    "reward_std_coef": None,
+}
 """Keys that are younger than runs on some disks. With these values they do not count, so that what was done before they
 existed is still done, and its checkpoints still fit."""
 
