@@ -79,7 +79,7 @@ def effective() -> CTE:
 
 def items_by_state(session: Session) -> dict[str, int]:
     """Items that are open, full, flagged and retired; gold questions are counted apart, as `gold`."""
-    counts: dict[str, int] = {state: 0 for state in STATES}
+    counts: dict[str, int] = dict.fromkeys(STATES, 0)
     rows = session.execute(
         select(ItemRow.state, ItemRow.is_gold, func.count()).group_by(ItemRow.state, ItemRow.is_gold)
     )
@@ -147,8 +147,8 @@ def users(session: Session) -> list[UserRow]:
     return list(session.scalars(select(UserRow).order_by(UserRow.labeler != "person", UserRow.id)))
 
 
-def open_invites(session: Session, now_ms: int) -> list[dict[str, str]]:
-    """Invites that still work: their role, who made them, and until when they do."""
+def open_invites(session: Session, now_ms: int) -> list[dict[str, Any]]:
+    """Invites that still work: id, role, who made them, and until when they do."""
     found = (
         select(InviteRow, UserRow.name)
         .outerjoin(UserRow, UserRow.id == InviteRow.created_by)
@@ -156,7 +156,7 @@ def open_invites(session: Session, now_ms: int) -> list[dict[str, str]]:
         .order_by(InviteRow.id)
     )
     return [
-        {"role": row.role, "by": name or "command line", "until": _text(row.expires_ms, "%Y-%m-%d %H:%M")}
+        {"id": row.id, "role": row.role, "by": name or "command line", "until": _text(row.expires_ms, "%Y-%m-%d %H:%M")}
         for row, name in session.execute(found)
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import socket
 
@@ -40,7 +39,7 @@ def main(cfg: LabelingStage) -> None:
         signal.signal(signal.SIGTERM, lambda *_: None)
         print(f"labeling at {url} (stop with Ctrl-C)", flush=True)
         if cfg.serve.accounts and not accounts.has_admin(store):
-            token = accounts.create_invite(store, "admin", None)
+            token = accounts.first_admin_invite(store)
             print(f"nobody is an admin yet; the first one's invite: {url}/invite/{token}", flush=True)
         server.run(sockets=[listener])
 
@@ -70,7 +69,7 @@ def listen(serve: ServeConfig) -> socket.socket:
         return socket.create_server((host, serve.port), family=family, backlog=2048)
     except OSError as error:
         fix = _BIND_FIXES.get(error.errno or 0, "check serve.host and serve.port")
-        reason = os.strerror(error.errno) if error.errno in _BIND_FIXES else error.strerror
+        reason = str(error.strerror).partition(" (while")[0]  # Python names the address there, which we do too
         raise ConfigError(f"cannot listen at {serve.host} port {serve.port}: {reason}", fix=fix) from None
 
 
