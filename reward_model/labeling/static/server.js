@@ -1,0 +1,80 @@
+// Exchanges with the server, which outlast a lost connection.
+
+const TIMEOUT_MS = 20_000;
+const csrf = document.querySelector("meta[name=csrf-token]")?.content ?? "";
+const pendingKey = `labeling.pending.${document.getElementById("app").dataset.user}`;
+
+/** The parsed answer; throws {status, text}, status 0 where there was no answer at all. */
+export async function ask(method, path, body) {
+  let answer;
+  try {
+    answer = await fetch(path, {
+      method,
+      headers: { Accept: "application/json", "Content-Type": "application/json", "X-CSRF-Token": csrf },
+      body: body && JSON.stringify(body),
+      credentials: "same-origin",
+      cache: "no-store",
+      signal: AbortSignal.timeout(TIMEOUT_MS),
+    });
+  } catch {
+    throw { status: 0, text: "" };
+  }
+  const content = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw { status: answer.status, text: [content.error, content.fix].filter(Boolean).join(" ") };
+  content.now_ms = Date.parse(answer.headers.get("Date") ?? "") || Date.now(); // the lease runs by the server's clock
+  return content;
+}
+
+export const passing = (status) => status === 0 || status === 408 || status === 429 || status >= 500;
+
+function pause(ms) {
+  return new Promise((go) => {
+    const timer = setTimeout(done, ms);
+    addEventListener("online", done, { once: true });
+    function done() {
+      clearTimeout(timer);
+      removeEventListener("online", done);
+      go();
+    }
+  });
+}
+
+/** Sends until there is an answer, and tells `say` how it stands; what a repetition cannot mend is thrown. */
+export async function persist(method, path, body, say, kept = "") {
+  for (let wait = 1000; ; wait = Math.min(2 * wait, 15_000)) {
+    try {
+      const content = await ask(method, path, body);
+      if (wait > 1000) say("Connected again.");
+      return content;
+    } catch (error) {
+      if (!passing(error.status)) throw error;
+      const why = error.status ? "The server cannot answer just now." : "No connection to the server.";
+      say(`${why} ${kept} Trying again by itself.`, "warn");
+      await pause(wait);
+    }
+  }
+}
+
+/** The judgment that has no answer yet, kept where a closed tab does not lose it. */
+export const storage = {
+  keep(pending) {
+    try {
+      if (pending) localStorage.setItem(pendingKey, JSON.stringify(pending));
+      else localStorage.removeItem(pendingKey);
+    } catch {
+      // A browser may refuse to store anything; the answer is still in memory.
+    }
+  },
+  kept() {
+    try {
+      return JSON.parse(localStorage.getItem(pendingKey));
+    } catch {
+      return null;
+    }
+  },
+};
+
+/** 32 hexadecimal digits; crypto.randomUUID exists over HTTPS only. */
+export function submissionId() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
