@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # it imports torch, without which the server starts in half the time
+if TYPE_CHECKING:  # it brings torch along, and the labeling server starts without
     from rlhf.types import Prompt
 
 Kind = Literal["pair", "ranking"]

@@ -26,7 +26,8 @@ MAX_MARKDOWN = 30_000
 MAX_TABLE_CELLS = 5_000
 """Cells that a text's tables could have at most: a row of few characters is filled up to the width of its table."""
 
-TAGS = set("p br hr h1 h2 h3 h4 h5 h6 blockquote ul ol li strong em s code pre a table thead tbody tr th td".split())
+TAGS = {"p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "ul", "ol", "li", "strong", "em", "s"}
+TAGS |= {"code", "pre", "a", "table", "thead", "tbody", "tr", "th", "td"}
 CLEANER = nh3.Cleaner(
     tags=TAGS,
     attributes={"*": set(), "a": {"href"}, "ol": {"start"}},

@@ -8,7 +8,7 @@ import { clock } from "/static/clock.js";
 import { wordDiff } from "/static/diff.js";
 import { ask, passing, persist, storage, submissionId } from "/static/server.js";
 
-const GUARD_MS = 300; // a new item takes no answer that early: a second press was meant for the one before
+const GUARD_MS = 250; // a new item takes no answer that early: a second press was meant for the one before
 const TICK_MS = 5_000;
 const POLL_MS = 15_000;
 
@@ -141,9 +141,9 @@ async function undo() {
   });
 }
 
-/** What stands in a field; half of a surrogate pair, which no database stores, is replaced. */
+/** What stands in a field, without what no database stores: null, and half of a surrogate pair. */
 function typed(id) {
-  const text = $(id).value;
+  const text = $(id).value.replaceAll("\0", "");
   return text.toWellFormed?.() ?? text;
 }
 
@@ -246,6 +246,7 @@ function showTask(task) {
   const again = page.task?.assignment_id === task.assignment_id && !task.previous;
   page.task = task;
   $("app").dataset.state = task.kind;
+  $("app").dataset.assignment = task.assignment_id;
   $("notice").hidden = true;
   $("work").hidden = $("dock").hidden = false;
   delete $("work").dataset.sent;
@@ -387,6 +388,7 @@ function showLast(policies, label) {
 function notice(state, title, text, button, action) {
   page.task = null;
   $("app").dataset.state = state;
+  delete $("app").dataset.assignment;
   $("work").hidden = $("dock").hidden = true;
   $("notice").hidden = false;
   $("notice-title").textContent = title;

@@ -20,11 +20,17 @@ export async function ask(method, path, body) {
     throw { status: 0, text: "" };
   }
   const content = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw { status: answer.status, text: [content.error, content.fix].filter(Boolean).join(" ") };
+  if (!answer.ok) throw { status: answer.status, text: sentences(content.error, content.fix) };
   content.now_ms = Date.parse(answer.headers.get("Date") ?? "") || Date.now(); // the lease runs by the server's clock
   return content;
 }
 
+function sentences(...clauses) {
+  const told = clauses.filter(Boolean);
+  return told.map((clause) => `${clause[0].toUpperCase()}${clause.slice(1)}.`.replace(/\.\.$/, ".")).join(" ");
+}
+
+/** Whether it may go well when it is tried again. */
 export const passing = (status) => status === 0 || status === 408 || status === 429 || status >= 500;
 
 function pause(ms) {
@@ -44,7 +50,7 @@ export async function persist(method, path, body, say, kept = "") {
   for (let wait = 1000; ; wait = Math.min(2 * wait, 15_000)) {
     try {
       const content = await ask(method, path, body);
-      if (wait > 1000) say("Connected again.");
+      if (wait > 1000) say("");
       return content;
     } catch (error) {
       if (!passing(error.status)) throw error;

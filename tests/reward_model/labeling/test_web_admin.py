@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -192,19 +193,58 @@ def test_what_was_withdrawn_or_said_by_a_machine_counts_nowhere(web: Web) -> Non
     assert page.row("judgejudge")[0] == "1", "the judge stands among the annotators, and is called one"
 
 
-def test_the_report_is_kept_for_a_while(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_is_kept_for_a_while(web: Web) -> None:
     now = [0.0]
-    monkeypatch.setattr(figures.time, "monotonic", lambda: now[0])
     ada = web.invited("ada")
     web.add_pairs(2, wanted=1)
-    agreement = Agreement(web.store, 0)
+    agreement = Agreement(web.store, 0, lambda: now[0])
+    agreement.patience = 120.0
+
+    def judgments() -> int:
+        report = agreement.report()
+        assert report
+        return report["counts"]["judgments"]
+
     ada.judge()
-    assert agreement.report()["counts"]["judgments"] == 1
+    assert judgments() == 1
     ada.judge()
     now[0] += figures.KEPT_SECONDS - 0.1
-    assert agreement.report()["counts"]["judgments"] == 1
+    assert judgments() == 1
     now[0] += 0.2
-    assert agreement.report()["counts"]["judgments"] == 2
+    assert judgments() == 2
+
+
+def test_nobody_waits_for_a_slow_report(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = web.invited("root", "admin")
+    agreement = web.app.state.site.agreement
+    agreement.patience = 0.01
+    release, calls, judgments = threading.Event(), [], web.store.judgments
+
+    def slow() -> Any:
+        calls.append(1)
+        assert release.wait(60)
+        return judgments()
+
+    monkeypatch.setattr(web.store, "judgments", slow)
+    for _ in range(2):
+        page = root.get("/admin")
+        assert page.status_code == 200
+        assert page.text.count("The figures are being computed") == 2
+        assert "Raw agreement" not in page.text
+    release.set()
+    agreement.patience = 120.0
+    assert "Raw agreement" in root.get("/admin").text
+    assert calls == [1], "one report at a time"
+
+
+def test_a_report_that_fails_is_tried_again(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    agreement = Agreement(web.store, 0)
+    agreement.patience = 120.0
+    with monkeypatch.context() as broken:
+        broken.setattr(web.store, "items", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            agreement.report()
+    assert agreement.report() is not None
 
 
 def test_viewers_see_the_figures_and_no_button(web: Web) -> None:
