@@ -73,6 +73,7 @@ class Web:
         self.clock = Clock()
         self.store = LabelStore.open(self.cfg, self.clock)
         self.app = make_app(self.store, self.cfg)
+        self.app.state.site.agreement.patience = 120.0
 
     def add_pairs(self, n: int, **fields: Any) -> None:
         self.store.add_items(

@@ -17,7 +17,7 @@ from typing import Any
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -80,6 +80,28 @@ def create_invite(store: LabelStore, role: str, created_by: int | None) -> str:
         session.flush()
         log(store, session, created_by, "invite_created", invite=row.id, role=role)
     return token
+
+
+def first_admin_invite(store: LabelStore) -> str:
+    """The token of an admin's invite; the command line's earlier ones end, lest old terminals hold keys."""
+    with store.begin() as session:
+        earlier = (InviteRow.created_by.is_(None), InviteRow.used_by.is_(None), InviteRow.role == "admin")
+        session.execute(update(InviteRow).where(*earlier).values(expires_ms=store.clock()))
+    return create_invite(store, "admin", None)
+
+
+def withdraw_invite(store: LabelStore, by: int, invite_id: int) -> None:
+    """The link no longer works.
+
+    Raises:
+        Refused: 404, there is no such invite that works.
+    """
+    with store.begin() as session:
+        invite = session.get(InviteRow, invite_id, with_for_update=True)
+        if invite is None or invite.used_by is not None:
+            raise Refused(404, f"there is no open invite {invite_id}", fix="reload the admin page")
+        invite.expires_ms = store.clock()
+        log(store, session, by, "invite_withdrawn", invite=invite_id, role=invite.role)
 
 
 def invited_role(store: LabelStore, token: str) -> str:

@@ -46,6 +46,13 @@ def invite(request: Request, site: SiteOf, visitor: Admin, form: Form) -> Respon
     return _overview(request, site, visitor, link=f"{base}/invite/{token}", link_role=role)
 
 
+@router.post("/invites/{invite_id}/withdraw")
+def withdraw(site: SiteOf, visitor: Admin, invite_id: Id) -> Response:
+    """An invite link that nobody used stops to work."""
+    accounts.withdraw_invite(site.store, visitor.user_id, invite_id)
+    return _back("users")
+
+
 @router.post("/users/{user_id}/role")
 def set_role(site: SiteOf, visitor: Admin, user_id: Id, form: Form) -> Response:
     """Another role, from the user's next request on."""

@@ -5,9 +5,12 @@ Days and hours are UTC's. Only what people said and did not withdraw is counted.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -79,7 +82,7 @@ def effective() -> CTE:
 
 def items_by_state(session: Session) -> dict[str, int]:
     """Items that are open, full, flagged and retired; gold questions are counted apart, as `gold`."""
-    counts: dict[str, int] = {state: 0 for state in STATES}
+    counts: dict[str, int] = dict.fromkeys(STATES, 0)
     rows = session.execute(
         select(ItemRow.state, ItemRow.is_gold, func.count()).group_by(ItemRow.state, ItemRow.is_gold)
     )
@@ -147,8 +150,8 @@ def users(session: Session) -> list[UserRow]:
     return list(session.scalars(select(UserRow).order_by(UserRow.labeler != "person", UserRow.id)))
 
 
-def open_invites(session: Session, now_ms: int) -> list[dict[str, str]]:
-    """Invites that still work: their role, who made them, and until when they do."""
+def open_invites(session: Session, now_ms: int) -> list[dict[str, Any]]:
+    """Invites that still work: id, role, who made them, and until when they do."""
     found = (
         select(InviteRow, UserRow.name)
         .outerjoin(UserRow, UserRow.id == InviteRow.created_by)
@@ -156,7 +159,7 @@ def open_invites(session: Session, now_ms: int) -> list[dict[str, str]]:
         .order_by(InviteRow.id)
     )
     return [
-        {"role": row.role, "by": name or "command line", "until": _text(row.expires_ms, "%Y-%m-%d %H:%M")}
+        {"id": row.id, "role": row.role, "by": name or "command line", "until": _text(row.expires_ms, "%Y-%m-%d %H:%M")}
         for row, name in session.execute(found)
     ]
 
@@ -179,32 +182,58 @@ def events(session: Session, before: int | None = None) -> list[Event]:
 
 
 class Agreement:
-    """`reliability.agreement_report`, computed when an admin looks, then kept for a while: it reads every judgment.
+    """`reliability.agreement_report`, computed beside the requests: it reads every judgment, which takes seconds.
 
-    Kept for `KEPT_SECONDS`, or twenty times as long as it took if that is more: at most a twentieth of one core's
-    time goes into it. One thread computes, the others wait for it.
+    Who asks waits for `patience` seconds and then gets the report before; so a small project's is always new. A report
+    is kept for `KEPT_SECONDS`, or twenty times as long as it took if that is more: at most a twentieth of one core's
+    time goes into it.
     """
 
-    def __init__(self, store: LabelStore, seed: int) -> None:
+    def __init__(self, store: LabelStore, seed: int, timer: Callable[[], float] = time.monotonic) -> None:
+        self.patience = 1.0
         self._store = store
         self._seed = seed
+        self._timer = timer
         self._lock = threading.Lock()
+        self._running: Future[None] | None = None
         self._report: dict[str, Any] | None = None
-        self._until = 0.0
+        self._due = -math.inf
 
-    def report(self) -> dict[str, Any]:
-        """The report, with `as_of` (time of day, UTC)."""
-        from reward_model.labeling.reliability import agreement_report  # brings torch along, which takes seconds
-
+    def report(self) -> dict[str, Any] | None:
+        """The report, with `as_of` (time of day, UTC); None while the first one is computed."""
         with self._lock:
-            began = time.monotonic()
-            if self._report is None or began >= self._until:
-                as_of = _text(self._store.clock(), "%H:%M:%S")
-                items, judgments = self._store.items(), self._store.judgments()
-                self._report = agreement_report(items, judgments, seed=self._seed) | {"as_of": as_of}
-                ended = time.monotonic()
-                self._until = ended + max(KEPT_SECONDS, 20 * (ended - began))
-            return self._report
+            if self._running is None and self._timer() >= self._due:
+                self._running = Future()
+                # A daemon: a server that is stopped does not wait for figures.
+                threading.Thread(target=self._compute, args=(self._running,), daemon=True).start()
+            running = self._running
+        if running is not None:
+            with suppress(TimeoutError):
+                running.result(self.patience)
+        return self._report
+
+    def _compute(self, running: Future[None]) -> None:
+        failure: Exception | None = None
+        try:
+            self._renew()
+        except Exception as error:  # told to whoever waits
+            failure = error
+        with self._lock:
+            self._running = None
+        if failure is None:
+            running.set_result(None)
+        else:
+            running.set_exception(failure)
+
+    def _renew(self) -> None:
+        # Brings torch along; who never looks at the figures never waits for it.
+        from reward_model.labeling.reliability import agreement_report
+
+        began, as_of = self._timer(), _text(self._store.clock(), "%H:%M:%S")
+        report = agreement_report(self._store.items(), self._store.judgments(), seed=self._seed)
+        self._report = report | {"as_of": as_of}
+        ended = self._timer()
+        self._due = ended + max(KEPT_SECONDS, 20 * (ended - began))
 
 
 def _text(ms: int, form: str) -> str:

@@ -16,10 +16,9 @@ import nh3
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 
-from rlhf.types import Message, Prompt
-
 if TYPE_CHECKING:
     from reward_model.labeling.store import Task
+    from rlhf.types import Message, Prompt
 
 MAX_MARKDOWN = 30_000
 """Characters; a longer text is shown as it is. Bounds the time of pathological Markdown to about half a second."""

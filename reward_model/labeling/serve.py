@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import socket
+import sys
 
 import uvicorn
 
@@ -33,6 +33,9 @@ def main(cfg: LabelingStage) -> None:
         ConfigError: the address cannot be had, or would be open to others without accounts.
     """
     check_bind(cfg.serve)
+    # Annotators' requests let go of the interpreter dozens of times each; behind figures that are being computed they
+    # would wait for 5 ms every time.
+    sys.setswitchinterval(0.0005)
     with listen(cfg.serve) as listener, LabelStore.open(cfg) as store:
         url = url_of(cfg.serve, listener.getsockname()[1])
         server = uvicorn.Server(server_config(make_app(store, cfg), cfg.serve))
@@ -40,7 +43,7 @@ def main(cfg: LabelingStage) -> None:
         signal.signal(signal.SIGTERM, lambda *_: None)
         print(f"labeling at {url} (stop with Ctrl-C)", flush=True)
         if cfg.serve.accounts and not accounts.has_admin(store):
-            token = accounts.create_invite(store, "admin", None)
+            token = accounts.first_admin_invite(store)
             print(f"nobody is an admin yet; the first one's invite: {url}/invite/{token}", flush=True)
         server.run(sockets=[listener])
 
@@ -70,7 +73,7 @@ def listen(serve: ServeConfig) -> socket.socket:
         return socket.create_server((host, serve.port), family=family, backlog=2048)
     except OSError as error:
         fix = _BIND_FIXES.get(error.errno or 0, "check serve.host and serve.port")
-        reason = os.strerror(error.errno) if error.errno in _BIND_FIXES else error.strerror
+        reason = str(error.strerror).partition(" (while")[0]  # Python names the address there, which we do too
         raise ConfigError(f"cannot listen at {serve.host} port {serve.port}: {reason}", fix=fix) from None
 
 

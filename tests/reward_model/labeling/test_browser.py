@@ -587,7 +587,7 @@ def test_hostile_texts_execute_nothing(served: Any, opened: Any) -> None:
     assert next(notes, None) is None
     press(page, "u")  # the last note comes back, into the page's own field
     assert page.evaluate(FORBIDDEN) == []
-    page.goto(f"{site.url}/admin")
+    page.goto(f"{site.url}/admin", timeout=30_000)
     expect(page.locator("#flagged")).to_contain_text("alert(1)")
     assert page.evaluate(FORBIDDEN) == []
 
@@ -621,7 +621,7 @@ def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
     page.keyboard.press("f")
     page.keyboard.type("broken")
     press(page, "Enter")
-    page.get_by_role("link", name="Admin").click()
+    page.get_by_role("link", name="Admin").click(timeout=30_000)
     expect(page.locator("#progress")).to_contain_text("2of 4 judgments")
     expect(page.locator("#annotators tbody th")).to_have_text(["ada"])
     expect(page.locator("#flagged")).to_contain_text("broken")

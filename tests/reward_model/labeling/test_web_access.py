@@ -28,6 +28,7 @@ TABLE: dict[tuple[str, str], tuple[int, int, int, int]] = {
     ("GET", "/admin"): (303, 200, 403, 200),
     ("GET", "/admin/audit"): (303, 403, 403, 200),
     ("POST", "/admin/invites"): (401, 403, 403, 200),
+    ("POST", "/admin/invites/{invite_id}/withdraw"): (401, 403, 403, 404),
     ("POST", "/admin/users/{user_id}/role"): (401, 403, 403, 404),
     ("POST", "/admin/users/{user_id}/deactivate"): (401, 403, 403, 404),
     ("POST", "/admin/users/{user_id}/activate"): (401, 403, 403, 404),
@@ -81,7 +82,7 @@ def csrf_for(browser: Browser, role: str, path: str) -> str:
 
 
 def ask(browser: Browser, method: str, path: str, csrf: str, **headers: str) -> Any:
-    url = path.format(token="no-such-token", user_id=999, item_id=999)
+    url = path.format(token="no-such-token", user_id=999, item_id=999, invite_id=999)
     headers = {"Origin": browser.origin} | headers
     if method == "GET":
         return browser.http.get(url, headers=headers)
