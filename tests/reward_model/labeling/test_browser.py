@@ -96,6 +96,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.add_init_script(script)
+        page.clock.install()  # time runs as ever, but can be moved on
         page.goto(url)
         if app_of(page).count():
             expect(app_of(page)).not_to_have_attribute("data-state", "loading")
@@ -125,11 +126,11 @@ def app_of(page: Any) -> Any:
 
 @contextmanager
 def another_item(page: Any) -> Iterator[None]:
-    """Waits until the guard of a new item is over; then, after the body, until another item or a notice is shown."""
-    page.wait_for_timeout(GUARD_MS)
+    """Lets the guard of a new item run out; then, after the body, waits for another item or a notice."""
+    page.clock.fast_forward(GUARD_MS)
     before = app_of(page).get_attribute("data-assignment")
     yield
-    expect(app_of(page)).not_to_have_attribute("data-assignment", before)
+    page.wait_for_selector("#app[data-assignment]" if before is None else f'#app:not([data-assignment="{before}"])')
 
 
 def press(page: Any, *keys: str) -> None:
@@ -259,7 +260,7 @@ def test_ranking_by_keyboard(served: Any, opened: Any) -> None:
 def test_ranking_by_pointer_and_undo(served: Any, opened: Any) -> None:
     site = served([ranking("Which?")])
     page = opened(site.url, viewport={"width": 390, "height": 844}, has_touch=True)
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     for place in (1, 0, 3, 2):
         page.locator(".response .place").nth(place).tap()
     expect(page.locator("#order .place")).to_have_text(["2", "1", "4", "3"])
@@ -352,7 +353,7 @@ def test_who_was_logged_out_loses_nothing(served: Any, opened: Any) -> None:
 def test_a_lost_connection_loses_nothing(served: Any, opened: Any) -> None:
     site = served(pairs(3))
     page = opened(site.url)
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     page.context.set_offline(True)
     page.keyboard.press("1")
     expect(page.locator("#status")).to_contain_text("No connection to the server. Your answer is kept.")
@@ -386,7 +387,7 @@ def test_a_tab_that_is_closed_without_connection_sends_later(served: Any, opened
     site = served(pairs(3))
     page = opened(site.url)
     page.route("**/api/judgments", lambda route: route.abort())
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     page.keyboard.press("6")
     expect(page.locator("#status")).to_contain_text("Your answer is kept.")
     context = page.context
@@ -418,16 +419,16 @@ def test_an_undo_whose_answer_was_lost_is_not_repeated(served: Any, opened: Any)
 def test_a_double_press_or_a_held_key_judges_one_item(served: Any, opened: Any) -> None:
     site = served(pairs(4))
     page = opened(site.url)
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     before = app_of(page).get_attribute("data-assignment")
     page.keyboard.press("1")
     page.keyboard.press("1")
     expect(app_of(page)).not_to_have_attribute("data-assignment", before)
     page.keyboard.press("1")  # at once after the next item came
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     for _ in range(3):
         page.keyboard.down("2")  # all but the first are repetitions of a held key
-        page.wait_for_timeout(GUARD_MS)
+        page.clock.fast_forward(GUARD_MS)
     page.keyboard.up("2")
     assert [judgment.answer.value for judgment in site.judgments()] == [-3, -2]
 
@@ -435,10 +436,7 @@ def test_a_double_press_or_a_held_key_judges_one_item(served: Any, opened: Any) 
 def test_time_counts_while_somebody_is_there(served: Any, opened: Any) -> None:
     """An hour without input is half a minute of work; a minute with input in between is a minute."""
     site = served(pairs(2))
-    page = opened("about:blank")
-    page.clock.install()
-    page.goto(site.url)
-    state(page, "pair")
+    page = opened(site.url)
     page.clock.fast_forward(3_600_000)
     press(page, "1")
     for _ in range(3):
@@ -601,7 +599,7 @@ def test_the_page_reports_no_breach_of_its_own_csp(served: Any, opened: Any) -> 
     )
     for path in ("/", "/admin"):
         page.goto(site.url + path)
-        page.wait_for_timeout(GUARD_MS)
+        page.clock.fast_forward(GUARD_MS)
         assert page.evaluate("breaches") == []
     page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'owned()'}))")
     assert page.evaluate("breaches") == ["inline"]
