@@ -13,9 +13,7 @@ from typing import Any
 
 import hostile_texts
 import pytest
-
-sync_api = pytest.importorskip("playwright.sync_api")
-uvicorn = pytest.importorskip("uvicorn")
+import uvicorn
 
 from reward_model.labeling import accounts, app, serve
 from reward_model.labeling.records import Candidate, Item, Judgment
@@ -28,7 +26,12 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 GUARD_MS = 270
 """A little longer than a new item takes no answer."""
 
-expect = sync_api.expect
+
+def expect(locator: Any) -> Any:
+    """Playwright's assertions, which wait for what is asserted."""
+    from playwright.sync_api import expect
+
+    return expect(locator)
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -448,6 +452,38 @@ def test_time_counts_while_somebody_is_there(served: Any, opened: Any) -> None:
     assert 60_000 <= second < 66_000
 
 
+def test_the_lease_is_renewed_while_somebody_works(served: Any, opened: Any) -> None:
+    site = served(pairs(2), lease_minutes=20)
+    page = opened(site.url)
+    renewals: list[int] = []
+    page.on("response", lambda response: renewals.append(response.status) if "renew" in response.url else None)
+    page.clock.fast_forward(10 * 60_000)  # nobody is there
+    page.clock.fast_forward(10_000)
+    assert not renewals
+    with page.expect_response("**/api/renew"):
+        page.keyboard.press("ArrowDown")
+        page.clock.fast_forward(10_000)
+    page.keyboard.press("ArrowDown")
+    page.clock.fast_forward(10_000)  # the lease has just begun anew
+    press(page, "3")
+    assert renewals == [200]
+
+
+def test_instructions_come_by_themselves_once(served: Any, opened: Any) -> None:
+    site = served(pairs(2), instructions="Prefer the **true** one.")
+    page = opened(site.url)
+    expect(page.locator("#instructions strong")).to_have_text("true")
+    page.keyboard.press("1")  # closed first: this judges nothing
+    page.keyboard.press("Escape")
+    press(page, "2")
+    page.reload()
+    state(page, "pair")
+    expect(page.locator("#instructions")).to_be_hidden()
+    page.keyboard.press("i")
+    expect(page.locator("#instructions")).to_be_visible()
+    assert [judgment.answer.value for judgment in site.judgments()] == [-2]
+
+
 # --- views ----------------------------------------------------------------------------------------------------
 
 
@@ -527,21 +563,21 @@ WATCH = """
 window.owned = () => { window.taken = true; };
 window.alert = window.confirm = window.prompt = window.owned;
 """
-FORBIDDEN = """() => {
-  const texts = [...document.querySelectorAll('#turns, #responses, #last, #flagged')];
-  const found = [];
-  for (const element of texts.flatMap((text) => [...text.querySelectorAll('*')])) {
-    const tag = element.tagName.toLowerCase();
-    const own = element.closest('.text, .flagged-text, bdi');
-    if (/^(script|style|link|meta|base|iframe|object|embed|img|svg|math|video|audio|template|slot)$/.test(tag)) found.push(tag);
-    if (own && own !== element && /^(form|input|button|textarea|select|details|dialog)$/.test(tag)) found.push(tag);
-    for (const { name, value } of element.attributes) {
-      if (/^(on|style$|srcdoc$|src$|srcset$|action$|formaction$|background$|xlink)/.test(name) && !element.closest('form')) found.push(name);
-      if (name === 'href' && own && !/^(https?:|mailto:)/.test(element.protocol + '')) found.push(value);
-      if (own && own !== element && /^(id|name|class)$/.test(name)) found.push(`${name}=${value}`);
+FORBIDDEN = r"""() => {
+  const loading = /^(script|style|link|meta|base|iframe|object|embed|img|svg|math|video|audio|template|slot)$/;
+  const control = /^(form|input|button|textarea|select|details|dialog)$/;
+  const acting = /^(on.*|style|src|srcset|srcdoc|action|formaction|background|xlink.*)$/;
+  const found = window.taken ? ['executed'] : [];
+  for (const box of document.querySelectorAll('.text, .flagged-text, bdi, #flagged .note')) {
+    for (const element of box.querySelectorAll('*')) {
+      const tag = element.tagName.toLowerCase();
+      if (loading.test(tag) || control.test(tag)) found.push(tag);
+      for (const { name, value } of element.attributes) {
+        if (acting.test(name) || /^(id|name|class)$/.test(name)) found.push(`${tag} ${name}`);
+        if (name === 'href' && !/^(https?:|mailto:)$/.test(element.protocol)) found.push(value);
+      }
     }
   }
-  if (window.taken) found.push('executed');
   return found;
 }"""
 
