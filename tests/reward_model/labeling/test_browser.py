@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ import hostile_texts
 import pytest
 import uvicorn
 
-from reward_model.labeling import accounts, app, serve
+from reward_model import train
+from reward_model.labeling import accounts, app, export, serve
 from reward_model.labeling.records import Candidate, Item, Judgment
 from reward_model.labeling.schema import SessionRow
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
+from rlhf.runs import RunOptions
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -40,6 +43,7 @@ class Site:
 
     store: LabelStore
     url: str
+    cfg: LabelingStage
 
     def judgments(self, *, effective: bool = True) -> list[Judgment]:
         return self.store.judgments(effective=effective)
@@ -79,7 +83,7 @@ def served(tmp_path: Path) -> Iterator[Callable[..., Site]]:
             store.close()
 
         stops.append(stop)
-        return Site(store, serve.url_of(cfg.serve, listener.getsockname()[1]))
+        return Site(store, serve.url_of(cfg.serve, listener.getsockname()[1]), cfg)
 
     yield start
     for stop in stops:
@@ -662,3 +666,28 @@ def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == 1280
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+# --- into training --------------------------------------------------------------------------------------------
+
+
+def test_what_was_clicked_trains_a_reward_model(served: Any, opened: Any, stage_config: Any) -> None:
+    """From the keys to a reward model that ranks held-out prompts as the annotator did."""
+    good, poor = "the sun is hot", "rain and rain and rain"
+    topics = "star light moon sea sky blue red water cloud wind tree leaf bird fish"
+    answers = [Candidate(good), Candidate(poor)]
+    items = [Item(f"explain {word}", answers[:: 1 if i % 2 else -1]) for i, word in enumerate(topics.split())]
+    site = served([*items, *pairs(1)], export={"heldout_fraction": 0.2})
+    page = opened(site.url)
+    for _ in items:
+        press(page, "2" if texts(page)[0] == good else "7")
+    press(page, "s")
+    files = export.main(site.cfg).outputs
+    written = [Path(files[f"preferences_{split}"]).read_text() for split in ("train", "heldout")]
+    lines = [json.loads(line) for line in "".join(written).splitlines()]
+    assert {(line["chosen"], line["rejected"]) for line in lines} == {(good, poor)}
+    assert sorted(line["prompt"] for line in lines) == sorted(str(item.prompt) for item in items)
+    cfg = stage_config(
+        "reward", dataset={"path": files["pairs_train"]}, heldout_fraction=0.25, optim={"lr": 3e-3}, epochs=4
+    )
+    assert train.main(cfg, RunOptions()).summary["accuracy"] == 1.0
