@@ -131,9 +131,12 @@ def split_by_prompt(
 
 
 def pad_scores(scores_N: Tensor, items: Sequence[RankedTokens]) -> tuple[Tensor, Tensor]:
-    """Flat scores of a batch of rankings as (scores_BK, mask_BK); K the largest of the batch."""
+    """Flat scores of a batch of rankings as (scores_BK, mask_BK); K the largest of the batch.
+
+    M members' scores, [N, M], become [B, K, M].
+    """
     counts = [len(item.rows) for item in items]
-    scores_BK = scores_N.new_zeros(len(items), max(counts))
+    scores_BK = scores_N.new_zeros(len(items), max(counts), *scores_N.shape[1:])
     mask_BK = torch.zeros(len(items), max(counts), dtype=torch.bool, device=scores_N.device)
     for b, part in enumerate(scores_N.split(counts)):
         scores_BK[b, : len(part)] = part
