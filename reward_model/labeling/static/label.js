@@ -89,7 +89,7 @@ async function judge(button, label, choice, fields = {}) {
     ms_active: Math.round(clock.count()),
     ...fields,
   };
-  storage.keep(pending);
+  storage.write("pending", pending);
   session.count += 1;
   session.ms += clock.ms;
   showSession();
@@ -100,11 +100,11 @@ async function deliver(pending, label) {
   await turn(async () => {
     try {
       const content = await persist("POST", "/api/judgments", pending, say, "Your answer is kept.");
-      storage.keep(null);
+      storage.write("pending", null);
       showLast(content.policies ?? [], label);
       return content;
     } catch (error) {
-      if (error.status !== 401 && error.status !== 403) storage.keep(null); // those two can be sent after a login
+      if (error.status !== 401 && error.status !== 403) storage.write("pending", null); // those two can be sent after a login
       session.count = Math.max(0, session.count - 1);
       throw error;
     }
@@ -412,7 +412,7 @@ function showEmpty() {
 function refused({ status, text }) {
   page.busy = false;
   if (status === 401) {
-    const kept = storage.kept() ? "Your last answer is kept in this browser and is sent when you are back." : "";
+    const kept = storage.read("pending") ? "Your last answer is kept in this browser and is sent when you are back." : "";
     notice("logged-out", "You are logged out", kept, "Log in", () => location.assign("/login"));
   } else if (status === 409) {
     notice("lost", "This item went to somebody else", `${text} Nothing is wrong: go on with the next one.`, "Next item", load);
@@ -491,7 +491,16 @@ document.addEventListener("click", (event) => {
   if (button) act(button.dataset.do);
 });
 
+/** Instructions come by themselves to who has not seen them, or not as they are now. */
+function instruct() {
+  const text = $("instructions")?.textContent;
+  if (!text || storage.read("instructions") === text) return;
+  storage.write("instructions", text);
+  $("instructions").showModal();
+}
+
 setInterval(renew, TICK_MS);
-const kept = storage.kept();
+instruct();
+const kept = storage.read("pending");
 if (kept) deliver(kept, "sent again");
 else load();
