@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import re
@@ -12,7 +13,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from rich.console import Console
 from scripted_server import running
+
+from reward_model.labeling.judge import Contest, Judge, Judged
+from reward_model.labeling.judge_report import judge_report
+from rlhf.progress import Progress
 
 BLOCK = r"\[response {name} (\w+)\]\n(.*)\n\[end of response {name} \1\]"
 
@@ -156,3 +162,25 @@ def judging() -> Iterator[JudgeServer]:
             yield server
         finally:
             server.stopping.set()
+
+
+def contests(n: int = 4, k: int = 2) -> list[Contest]:
+    """Response i has i more words than response 0; to `words_better` the last one is the best."""
+    words = [f"w{i}" for i in range(9 + k)]
+    return [Contest(f"why {c}?", tuple(f"{c} " + " ".join(words[: 9 + i]) for i in range(k))) for c in range(n)]
+
+
+def run(judge: Judge, given: list[Contest]) -> list[Judged]:
+    """All batches, without a display."""
+    progress = Progress("label", console=Console(file=io.StringIO()))
+    return [one for batch in judge.batches(given, progress) for one in batch]
+
+
+def labels(judged: list[Judged]) -> list[Any]:
+    """The labels by contest."""
+    return [one.labels for one in judged]
+
+
+def report(judge: Judge, wanted: int, people: Any = None) -> dict[str, Any]:
+    """The report, of no time."""
+    return judge_report(judge, wanted=wanted, seconds=0.0, people=people)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ class Judge:
         self.before = self.ledger.spent()
         self.work = Work()
         self._said: dict[str, Verdict | Failure] = {}
-        self._failed = 0
+        self.failures: Counter[str] = Counter()  # by kind, of questions about controls, too
 
     def close(self) -> None:
         """Give the run folder free."""
@@ -131,14 +132,14 @@ class Judge:
             JudgeError: too many questions stay without an answer, or too many controls fail. The batch is not yielded.
             ConfigError: the judge cannot be asked at all.
         """
-        size = self.cfg.batch_size
-        total = sum(len(c.responses) * (len(c.responses) - 1) for c in contests)
+        size, controls_cfg = self.cfg.batch_size, self.cfg.controls
+        parts = [contests[start : start + size] for start in range(0, len(contests), size)]
+        mixed_in = [controls_for(part, controls_cfg, seed=f"{self._seed}/{n}") for n, part in enumerate(parts)]
+        total = sum(len(c.responses) * (len(c.responses) - 1) for c in contests) + 2 * sum(map(len, mixed_in))
         phase = progress.phase("judge", total=total, unit="comparisons")
-        for number, start in enumerate(range(0, len(contests), size)):
-            batch = contests[start : start + size]
-            controls = controls_for(batch, self.cfg.controls, seed=f"{self._seed}/{number}")
+        for batch, controls in zip(parts, mixed_in, strict=True):
             known = [Contest(control.prompt, (control.real, control.bad)) for control in controls]
-            judged = self._judge([*batch, *known], lambda n: phase.advance(n, failed=self._failed))
+            judged = self._judge([*batch, *known], lambda n: phase.advance(n, failed=self.failures.total()))
             answers = zip(controls, judged[len(batch) :], strict=True)
             self.work.controls += [(control, one.pairs[0, 1]) for control, one in answers if not one.unasked]
             self._check_controls()
@@ -204,7 +205,8 @@ class Judge:
 
     def _note(self, key: str, outcome: Verdict | Failure) -> None:
         self._said[key] = outcome
-        self._failed += isinstance(outcome, Failure) and outcome != UNASKED
+        if isinstance(outcome, Failure) and outcome != UNASKED:
+            self.failures[outcome.kind] += 1
 
     def _check_failures(self) -> None:
         """Stop where going on would only cost.
@@ -212,11 +214,11 @@ class Judge:
         Raises:
             JudgeError: the last failure is named in it.
         """
-        asked, largest = max(FIRST_QUESTIONS, len(self._said)), self.cfg.max_failures
-        if self._failed > largest * asked:
+        asked, largest, failed = len(self._said), self.cfg.max_failures, self.failures.total()
+        if failed > largest * max(FIRST_QUESTIONS, asked):
             last = next(f for f in reversed(self._said.values()) if isinstance(f, Failure) and f != UNASKED)
             raise JudgeError(
-                f"the judge {self.cfg.model} left {self._failed} of {len(self._said)} questions without an answer "
+                f"the judge {self.cfg.model} left {failed} of {asked} questions without an answer "
                 f"(allowed: {largest:.0%}); the last one: {last.kind}: {last.detail}",
                 fix="mend the endpoint, the form of its answers (judge.answer) or judge.max_failures, and run the same "
                 "command again: answers are kept",

@@ -57,8 +57,8 @@ class LocalJudge:
         for i in range(len(rows)):
             if isinstance(failure := prompts[i], Failure):
                 answers[i] = {"failure": [failure.kind, failure.detail]}
-        for i, (p_first, mass) in zip(readable, self._probabilities([*readable.values()]), strict=True):
-            answers[i] = {"p_first": p_first, "mass": mass}
+        for i, p_first in zip(readable, self._probabilities([*readable.values()]), strict=True):
+            answers[i] = {"p_first": p_first}
         for i, row in enumerate(rows):
             ledger.settle(row, None, answers[i])
         return answers
@@ -81,8 +81,8 @@ class LocalJudge:
         return tokens
 
     @torch.no_grad()
-    def _probabilities(self, prompts: list[list[int]]) -> list[tuple[float, float]]:
-        """P(first is better), and the probability mass that the two letters have of all tokens, by prompt."""
+    def _probabilities(self, prompts: list[list[int]]) -> list[float]:
+        """P(the first response is better), by prompt."""
         if not prompts:
             return []
         longest = max(map(len, prompts))
@@ -95,10 +95,9 @@ class LocalJudge:
             input_ids=tokens_BT.to(device), attention_mask=mask_BT.long().to(device), use_cache=False
         ).last_hidden_state
         last_BH = hidden_BTH[torch.arange(len(prompts)), lengths_B.to(device) - 1]
-        logprobs_BV = self._lm.get_output_embeddings()(last_BH).float().log_softmax(-1)
-        first_B, second_B = logprobs_BV[:, self._letters].double().unbind(1)
-        p_first_B, mass_B = torch.sigmoid(first_B - second_B), first_B.exp() + second_B.exp()
-        return list(zip(p_first_B.tolist(), mass_B.tolist(), strict=True))
+        logits_BV = self._lm.get_output_embeddings()(last_BH)
+        first_B, second_B = logits_BV[:, self._letters].double().unbind(1)
+        return torch.sigmoid(first_B - second_B).tolist()
 
 
 def _letter_tokens(tokenizer: Any, name: str) -> list[int]:

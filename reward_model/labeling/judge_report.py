@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,6 @@ from rich.table import Table
 
 from reward_model.labeling.agreement import TIE
 from reward_model.labeling.judge import Judge, Judged, Pair
-from reward_model.labeling.judge_backend import Failure
 from reward_model.labeling.judge_ledger import Spent
 from rlhf.config_judge import JudgeBudgetConfig
 from rlhf.eval.winrate import wilson_interval
@@ -43,7 +41,6 @@ def judge_report(
     asked = [(one, said) for one, said in zip(judge.work.judged, theirs, strict=True) if not one.unasked]
     pairs = [pair for one, _ in asked for pair in one.pairs.values()]
     labeled = sum(one.labels is not None for one, _ in asked)
-    failures = Counter(said.kind for pair in pairs for said in (pair.shown, pair.swapped) if isinstance(said, Failure))
     return {
         "labels": "judge",
         "judge": {"name": cfg.annotator, "model": cfg.model, "answer": cfg.answer, "local": cfg.endpoint is None},
@@ -57,7 +54,7 @@ def judge_report(
             "contradictions": sum(pair.contradicts for pair in pairs),
             "ties": sum(pair.label == 0.5 and not pair.contradicts for pair in pairs),
         },
-        "failures": dict(sorted(failures.items())),
+        "failures": dict(sorted(judge.failures.items())),
         "flip_rate": proportion(sum(pair.contradicts for pair in pairs), sum(pair.both is not None for pair in pairs)),
         "first_slot_rate": _first_slot_rate(pairs),
         "length": _length(asked),

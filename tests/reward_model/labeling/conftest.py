@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_server import JudgeServer, judging
 from postgres_server import PostgresServer, binaries
 
+from reward_model.labeling.judge import Judge
+from reward_model.labeling.judge import open_judge as open_judge_of
 from reward_model.labeling.records import Answer, Candidate, Item, Judgment, Task
 from reward_model.labeling.store import LabelStore
+from rlhf.config_judge import JudgeConfig
 from rlhf.config_labeling import LabelingStage
 
 
@@ -120,3 +124,37 @@ def standing() -> Callable[[LabelStore], list[Judgment]]:
         return judgments
 
     return check
+
+
+@pytest.fixture
+def judge_server() -> Iterator[JudgeServer]:
+    """A judge model's server that fails as told."""
+    with judging() as server:
+        yield server
+
+
+@pytest.fixture
+def judge_settings(judge_server: JudgeServer) -> Callable[..., dict[str, Any]]:
+    """`judge_settings(answer="json", endpoint={...})`: of a judge that waits little and tolerates nearly all."""
+
+    def build(**changes: Any) -> dict[str, Any]:
+        endpoint = {"url": judge_server.url, "allow_private": True, "timeout_s": 5.0, "wait_s": 0.001, "parallel": 2}
+        settings: dict[str, Any] = {"model": "m/judge-1", "max_failures": 0.99, "controls": {"per_batch": 0}}
+        return settings | changes | {"endpoint": endpoint | changes.get("endpoint", {})}
+
+    return build
+
+
+@pytest.fixture
+def open_judge(judge_settings: Callable[..., dict[str, Any]], tmp_path: Path) -> Iterator[Callable[..., Judge]]:
+    """`open_judge("run", answer="json", ...)`: a judge in a folder of the test's own, with `judge_settings`."""
+    judges = []
+
+    def build(folder: str = "run", **changes: Any) -> Judge:
+        cfg = JudgeConfig.model_validate(judge_settings(**changes))
+        judges.append(open_judge_of(cfg, str(tmp_path / folder), seed=3))
+        return judges[-1]
+
+    yield build
+    for judge in judges:
+        judge.close()

@@ -1,0 +1,169 @@
+"""`rlhf label ai`: what a judge says is stored as its judgments, in the orders that were shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judge_server import JudgeServer, letters
+
+from reward_model.labeling import ai
+from reward_model.labeling.ai import judge_probability, people_on
+from reward_model.labeling.records import Answer, Candidate, Item, Judgment
+from reward_model.labeling.store import LabelStore
+from rlhf.config_labeling import LabelingStage
+from rlhf.errors import ConfigError, DataError, JudgeError
+
+TEXTS = ["a b c d e f g h", "a b c d e f g h i", "a b c d e f g h i j", "a b c d e f g h i j k"]
+
+
+@pytest.fixture
+def stage(judge_settings: Any, tmp_path: Path) -> Callable[..., LabelingStage]:
+    """`stage(**judge)`: a project in SQLite with 5 pairs, the second response the better, and one ranking of 4."""
+
+    def build(**changes: Any) -> LabelingStage:
+        cfg = LabelingStage.model_validate({"run_dir": str(tmp_path / "project"), "judge": judge_settings(**changes)})
+        pairs = [Item(f"p{i}", [Candidate(f"{i} {TEXTS[0]}"), Candidate(f"{i} {TEXTS[1]}")]) for i in range(5)]
+        with LabelStore.open(cfg) as store:
+            store.add_items([*pairs, Item("r", [Candidate(text) for text in TEXTS], kind="ranking")])
+        return cfg
+
+    return build
+
+
+def judgments(cfg: LabelingStage, *, effective: bool = True) -> list[Judgment]:
+    with LabelStore.open(cfg) as store:
+        return store.judgments(effective=effective)
+
+
+def saved_report(cfg: LabelingStage) -> dict[str, Any]:
+    return json.loads((Path(cfg.run_dir) / "judge_report.json").read_text())
+
+
+def test_both_orders_are_stored_as_they_were_shown(judge_server: JudgeServer, stage: Any) -> None:
+    cfg = stage()
+    ai.main(cfg)
+    stored = judgments(cfg)
+    assert {(j.annotator, j.labeler) for j in stored} == {("judge:judge-1", "judge")}
+    assert [(j.presentation, j.order, j.answer.value, j.value) for j in stored[:2]] == [
+        (0, [0, 1], 2, 2),
+        (1, [1, 0], -2, 2),
+    ]
+    assert [(j.order, j.answer.ranks, j.ranks) for j in stored[10:]] == [
+        ([0, 1, 2, 3], [4, 3, 2, 1], [4, 3, 2, 1]),
+        ([3, 2, 1, 0], [1, 2, 3, 4], [4, 3, 2, 1]),
+    ]
+    assert saved_report(cfg)["counts"]["items_labeled"] == 6
+    assert len(judge_server.asked) == 2 * 5 + 12
+
+
+def test_probabilities_come_back_in_canonical_order(judge_server: JudgeServer, stage: Any) -> None:
+    judge_server.judge = lambda first, second: letters(0.9 if len(first) > len(second) else 0.4)
+    cfg = stage()
+    ai.main(cfg)
+    first, second = judgments(cfg)[:2]
+    # Response 1 is the longer one: second at 0.4 for the first, then first at 0.9.
+    assert [judge_probability(j) for j in (first, second)] == pytest.approx([0.6, 0.9])
+    assert [j.value for j in (first, second)] == [1, 2]  # 0.1 and 0.4 from one half, in sixths: 0.6 and 2.4
+
+
+def test_the_same_command_again_stores_and_asks_nothing(judge_server: JudgeServer, stage: Any) -> None:
+    cfg = stage()
+    ai.main(cfg)
+    before, asked = judgments(cfg, effective=False), len(judge_server.asked)
+    ai.main(cfg)
+    assert judgments(cfg, effective=False) == before
+    assert len(judge_server.asked) == asked
+    said = saved_report(cfg)
+    assert (said["usage"]["requests"], said["usage"]["requests_this_run"]) == (asked, 0)
+
+
+def test_other_criteria_supersede_and_may_come_back(judge_server: JudgeServer, stage: Any) -> None:
+    cfg = stage()
+    ai.main(cfg)
+    was = [j.ranks for j in judgments(cfg)]
+    judge_server.judge = lambda first, second: "A" if len(first) < len(second) else "B"
+    other = stage(criteria="Shorter is better.")
+    ai.main(other)
+    now = judgments(other)
+    assert len(now) == len(was)
+    assert all(a != b for a, b in zip(was, [j.ranks for j in now], strict=True))
+    ai.main(cfg)
+    assert [j.ranks for j in judgments(cfg)] == was
+
+
+def test_a_failure_leaves_an_item_without_any_judgment(judge_server: JudgeServer, stage: Any) -> None:
+    judge_server.always = lambda first, second: "refusal" if first == f"2 {TEXTS[1]}" else None
+    cfg = stage()
+    ai.main(cfg)
+    stored = judgments(cfg)
+    assert len(stored) == 2 * 5
+    with LabelStore.open(cfg) as store:
+        assert store.items()[2].key not in {j.item_key for j in stored}
+        assert store.progress().done == 0  # a machine takes no place of people
+    assert saved_report(cfg)["failures"] == {"refusal": 1}
+
+
+def test_one_comparison_without_an_answer_leaves_a_ranking_unlabeled(judge_server: JudgeServer, stage: Any) -> None:
+    judge_server.always = lambda first, second: 400 if (first, second) == (TEXTS[2], TEXTS[0]) else None
+    cfg = stage()
+    ai.main(cfg)
+    assert {j.kind for j in judgments(cfg)} == {"pair"}
+
+
+def test_labels_of_batches_before_an_alarm_are_kept(judge_server: JudgeServer, stage: Any) -> None:
+    def lazy_from_3_on(first: str, second: str) -> str:
+        longer = max(first, second, key=len)
+        return "A" if longer == first or longer[0] not in "012" else "B"
+
+    judge_server.judge = lazy_from_3_on
+    cfg = stage(batch_size=3, controls={"per_batch": 6})
+    with pytest.raises(JudgeError, match="controls"):
+        ai.main(cfg)
+    assert len(judgments(cfg)) == 2 * 3
+    said = saved_report(cfg)
+    assert said["controls"]["alarm"]
+    assert said["counts"]["items_not_asked"] == 3
+
+
+def test_people_are_compared_with_where_both_judged(judge_server: JudgeServer, stage: Any) -> None:
+    cfg = stage()
+    with LabelStore.open(cfg) as store:
+        ann = store.ensure_user("ann", role="annotator")
+        for number in range(5):
+            task = store.next_task(ann)
+            assert task is not None
+            better = 0 if len(task.responses[0]) > len(task.responses[1]) else 1
+            value = 1 if better else -1
+            store.submit(ann, task.assignment_id, Answer("compare", value=value if number else -value), f"s{number}")
+    ai.main(cfg)
+    said = saved_report(cfg)["people"]
+    assert (said["pairs"], said["agreement"]) == (5, 0.8)
+    assert said["kappa"] == 0.0  # the judge says the same of all: chance agrees as often
+
+
+def test_shares_of_people() -> None:
+    item = Item("p", [Candidate("a"), Candidate("b")])
+    answers = [
+        (-1, "person", 0),
+        (2, "person", 0),
+        (0, "person", 0),
+        (-1, "person", 0),
+        (3, "person", 1),
+        (3, "judge", 0),
+    ]
+    given = [
+        Judgment(i, item.key, "pair", "x", labeler, [0, 1], Answer("compare", value=value), presentation)  # type: ignore[arg-type]
+        for i, (value, labeler, presentation) in enumerate(answers)
+    ]
+    assert people_on(given, [item]) == [{(0, 1): 2.5 / 4}]
+
+
+def test_a_project_without_a_judge_or_items_says_so(tmp_path: Path, judge_settings: Any) -> None:
+    with pytest.raises(ConfigError, match="no judge"):
+        ai.main(LabelingStage(run_dir=str(tmp_path)))
+    with pytest.raises(DataError, match="no items"):
+        ai.main(LabelingStage.model_validate({"run_dir": str(tmp_path), "judge": judge_settings()}))
