@@ -176,16 +176,27 @@ class LabelStage(StageConfig):
 
     rollouts: str = Field(description="Parquet file that `sample` wrote")
     heldout_rollouts: str | None = Field(default=None, description="the same of held-out prompts: nothing is split off")
-    labeler: Literal["simulated"] = "simulated"
+    labeler: Literal["simulated", "people"] = "simulated"
     scorer: Literal["readability"] = "readability"
-    annotators: Annotated[list[AnnotatorConfig], Field(min_length=1)]
+    annotators: list[AnnotatorConfig] = Field(default=[], description="the simulated ones")
     aggregate: Literal["majority", "dawid_skene"] = "dawid_skene"
+    project: str | None = Field(
+        default=None, description="with `labeler: people`, configuration of the labeling project that gets the answers"
+    )
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.15, description="prompts kept for testing")
     earlier: str | None = Field(
         default=None,
         description="label folder of the round before: its rankings come first in the new files, and its prompts stay "
         "on the side, trained on or held out, where they are",
     )
+
+    @model_validator(mode="after")
+    def _labeler_described(self) -> LabelStage:
+        if self.labeler == "simulated" and not self.annotators:
+            raise ValueError("labeler: simulated needs annotators; list at least one")
+        if (self.labeler == "people") != (self.project is not None):
+            raise ValueError("labeler: people and project go together; set both or neither")
+        return self
 
 
 class RewardStage(StageConfig):

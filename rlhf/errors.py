@@ -66,3 +66,14 @@ class LabelError(RlhfError):
 
 class LeaseError(LabelError):
     """The item is no longer this annotator's: the lease ran out, and the place has gone to somebody else."""
+
+
+class JudgeError(RlhfError):
+    """A judge model leaves too many questions unanswered, or prefers what no one could prefer."""
+
+
+class LabelsPending(RlhfError):
+    """People have still to label. Nothing is wrong: once they have, the same command goes on."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again later."""

@@ -35,7 +35,7 @@ FREE_TO_CHANGE = frozenset(
 """Keys that change nothing that is learned but rounding: they may differ on a resume, and make no finished stage run
 again."""
 
-ADDED_LATER = {"earlier": None, "critic": None, "round_dirs": []}
+ADDED_LATER = {"earlier": None, "critic": None, "project": None, "round_dirs": []}
 """Keys that are younger than runs on some disks. With these values they do not count, so that what was done before they
 existed is still done, and its checkpoints still fit."""
 

@@ -1,16 +1,15 @@
-"""Label sampled rollouts: score, judge pair by pair, aggregate, rank, split by prompt.
+"""Label sampled rollouts: judge pair by pair, aggregate, rank, split by prompt.
 
-The labels are simulated: annotators with known faults judge by a programmatic gold score. Every file says so.
-What people write by hand has the same format and enters at the same place: the reward stage reads rankings,
-whoever made them.
+The labels are simulated (annotators with known faults judge by a programmatic gold score), or people's (`labeler:
+people`, `reward_model/labeling/people.py`). Every file says which. What is written by hand has the same format and
+enters at the same place: the reward stage reads rankings, whoever made them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from reward_model.labeling.agreement import (
     ranks_from_wins,
     wins_matrix,
 )
+from reward_model.labeling.groups import Group, LabelResult, comparable, group_rollouts, split
 from reward_model.labeling.rounds import joined, read_sides
 from reward_model.labeling.simulate import Judgment, judge_pairs
 from rlhf.config_schema import LabelStage
-from rlhf.errors import DataError
 from rlhf.rollout.scorers import SCORERS
 from rlhf.runs import HELDOUT_RANKINGS, RANKINGS
-from rlhf.types import Prompt, Ranking, Rollout, RunResult
+from rlhf.types import Ranking, Rollout, RunResult
 
 NOTICE = (
     "Labels in this folder are SIMULATED: no person has judged anything. Annotators with known faults were "
@@ -61,26 +60,6 @@ The least that a line needs: {{"prompt": "...", "responses": ["One answer.", "An
 """
 
 
-@dataclass
-class LabelResult:
-    """What labeling yields, before anything is written."""
-
-    train: list[Ranking]
-    heldout: list[Ranking]
-    judgments: list[dict[str, Any]]
-    report: dict[str, Any]
-
-
-@dataclass
-class Group:
-    """The distinct responses to one prompt; `duplicates` counts those dropped."""
-
-    prompt: Prompt
-    prompt_id: str
-    rollouts: list[Rollout] = field(default_factory=list)
-    duplicates: int = 0
-
-
 def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
     """Run the stage: read `cfg.rollouts`, write rankings, judgments and a report into `cfg.run_dir`.
 
@@ -90,26 +69,26 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
 
     Raises:
         DataError: the rollouts cannot be read, or hold nothing to compare.
+        LabelsPending: people have still to label them (`labeler: people`).
     """
     from rlhf.rollout.buffer import RolloutBuffer
 
     rollouts = RolloutBuffer.from_parquet(cfg.rollouts).rollouts
     heldout = RolloutBuffer.from_parquet(cfg.heldout_rollouts).rollouts if cfg.heldout_rollouts else []
-    result = label_rollouts(rollouts, cfg, heldout)
+    result = LABELERS[cfg.labeler](rollouts, cfg, heldout)
     if cfg.earlier:
         earlier, chosen = read_sides(cfg.earlier), cfg.heldout_rollouts is not None
         result.train, result.heldout = joined(earlier, (result.train, result.heldout), chosen=chosen)
     outputs = _write(result, cfg)
-    _print_table(result.report)
-    agreement = result.report["agreement_with_gold"]["aggregate"]
-    summary = {"labels": "simulated", **result.report["counts"], "agreement_with_gold": agreement}
-    return RunResult(cfg.run_dir, summary, outputs)
+    if result.unfinished:
+        raise result.unfinished
+    return RunResult(cfg.run_dir, result.summary, outputs)
 
 
 def label_rollouts(
     rollouts: Sequence[Rollout], cfg: LabelStage, heldout_rollouts: Sequence[Rollout] = ()
 ) -> LabelResult:
-    """The stage without its files: rollouts in, rankings, judgments and report out.
+    """Simulated labels, without files: rollouts in, rankings, judgments and report out.
 
     The same annotators label all of it. Held out are the prompts of `heldout_rollouts`, else a share.
 
@@ -117,28 +96,14 @@ def label_rollouts(
         DataError: a prompt has a single response, no prompt has two different ones, or one is to be trained on and
             held out.
     """
-    held_ids = {rollout.prompt_id for rollout in heldout_rollouts}
-    if both := held_ids & {rollout.prompt_id for rollout in rollouts}:
-        raise DataError(
-            f"{len(both)} prompts are in rollouts and in heldout_rollouts, {min(both)!r} for one",
-            fix="sample held-out prompts that are not in the training prompts",
-        )
-    everyone = group_rollouts([*rollouts, *heldout_rollouts])
-    groups = [group for group in everyone if len(group.rollouts) >= 2]
-    if not groups:
-        raise DataError(
-            f"none of {len(everyone)} prompts has two different responses: there is nothing to compare",
-            fix="sample with completions_per_prompt of 2 or more and a higher temperature",
-        )
+    everyone = group_rollouts(rollouts, heldout_rollouts)
+    groups = comparable(everyone)
     gold_BK = [SCORERS[cfg.scorer](group.rollouts) for group in groups]
     votes = judge_pairs(gold_BK, cfg.annotators, cfg.seed)
     fit = dawid_skene(votes) if cfg.aggregate == "dawid_skene" else None
     posteriors = fit.posteriors if fit else majority(votes)
     rankings = _rankings(groups, gold_BK, posteriors, cfg)
-    if held_ids:
-        train, heldout = split_off(rankings, held_ids)
-    else:
-        train, heldout = split_by_prompt(rankings, cfg.heldout_fraction, cfg.seed)
+    train, heldout = split(rankings, heldout_rollouts, cfg.heldout_fraction, cfg.seed)
     report = {
         "notice": NOTICE,
         "labels": "simulated",
@@ -159,57 +124,12 @@ def label_rollouts(
         **_quality(votes, posteriors, gold_BK, fit),
         "configured_annotators": [annotator.model_dump() for annotator in cfg.annotators],
     }
-    return LabelResult(train, heldout, [_judgment_line(vote, groups) for vote in votes], report)
-
-
-def group_rollouts(rollouts: Sequence[Rollout]) -> list[Group]:
-    """Rollouts by prompt, in order of appearance. Of identical texts to one prompt, the first is kept.
-
-    Raises:
-        DataError: a prompt has a single response, or an id stands for two prompts.
-    """
-    groups: dict[str, Group] = {}
-    for rollout in rollouts:
-        group = groups.setdefault(rollout.prompt_id, Group(rollout.prompt, rollout.prompt_id))
-        if group.prompt != rollout.prompt:
-            raise DataError(
-                f"prompt_id {rollout.prompt_id!r} stands for two different prompts",
-                fix="sample all rollouts of this file in one run",
-            )
-        if any(rollout.response == kept.response for kept in group.rollouts):
-            group.duplicates += 1
-        else:
-            group.rollouts.append(rollout)
-    for group in groups.values():
-        if len(group.rollouts) + group.duplicates < 2:
-            raise DataError(
-                f"prompt {group.prompt_id!r} has a single response; a preference needs two",
-                fix="sample with completions_per_prompt of 2 or more",
-            )
-    return list(groups.values())
-
-
-def split_by_prompt(
-    rankings: Sequence[Ranking], heldout_fraction: float, seed: int
-) -> tuple[list[Ranking], list[Ranking]]:
-    """Train and held-out rankings, each in the given order; no prompt is in both.
-
-    Prompts are sorted by a hash of (seed, prompt_id) and the first round(fraction * n) are held out: the
-    share is exact, the order of the input plays no part. With a fraction above 0, of two prompts or more at
-    least one is held out, and at least one is always left to train on.
-    """
-    ids = {ranking.prompt_id for ranking in rankings}
-    order = sorted(ids, key=lambda prompt_id: hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest())
-    n = round(heldout_fraction * len(order))
-    if heldout_fraction > 0:
-        n = min(max(n, 1), len(order) - 1)
-    return split_off(rankings, set(order[:n]))
-
-
-def split_off(rankings: Sequence[Ranking], held_ids: set[str]) -> tuple[list[Ranking], list[Ranking]]:
-    """(train, held-out), each in the given order."""
-    train = [ranking for ranking in rankings if ranking.prompt_id not in held_ids]
-    return train, [ranking for ranking in rankings if ranking.prompt_id in held_ids]
+    lines = [_judgment_line(vote, groups) for vote in votes]
+    readme = README.format(scorer=cfg.scorer, aggregate=cfg.aggregate)
+    agreement = report["agreement_with_gold"]["aggregate"]
+    summary = {"labels": "simulated", **report["counts"], "agreement_with_gold": agreement}
+    _print_table(report)
+    return LabelResult(train, heldout, lines, report, readme, summary)
 
 
 def _rankings(
@@ -271,7 +191,7 @@ def _write(result: LabelResult, cfg: LabelStage) -> dict[str, str]:
 
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(run_dir / "README.txt", README.format(scorer=cfg.scorer, aggregate=cfg.aggregate))
+    atomic_write(run_dir / "README.txt", result.readme)
     write_rankings(run_dir / RANKINGS, result.train)
     write_rankings(run_dir / HELDOUT_RANKINGS, result.heldout)
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in result.judgments)
@@ -301,3 +221,12 @@ def _print_table(report: dict[str, Any]) -> None:
 
 def _percent(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.1%}"
+
+
+def _by_people(rollouts: Sequence[Rollout], cfg: LabelStage, heldout_rollouts: Sequence[Rollout] = ()) -> LabelResult:
+    from reward_model.labeling.people import people_rollouts  # the database's packages are an extra
+
+    return people_rollouts(rollouts, cfg, heldout_rollouts)
+
+
+LABELERS = {"simulated": label_rollouts, "people": _by_people}

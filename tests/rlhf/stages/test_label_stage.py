@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from reward_model.labeling.groups import group_rollouts, split_by_prompt
 from rlhf.config_schema import AnnotatorConfig, LabelStage
 from rlhf.errors import DataError
 from rlhf.rollout.scorers import readability
-from rlhf.stages.label import group_rollouts, label_rollouts, main, split_by_prompt
+from rlhf.stages.label import label_rollouts, main
 from rlhf.types import Ranking, Rollout, StopReason
 
 ANSWERS = (
