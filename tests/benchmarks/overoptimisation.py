@@ -1,0 +1,220 @@
+"""Over-optimisation as in Gao et al. 2022 (arXiv:2210.10760): gold against the square root of the KL, d = sqrt(KL).
+
+    python tests/benchmarks/overoptimisation.py               about half an hour on two cores
+    python tests/benchmarks/overoptimisation.py --draw-only
+
+In the world of `gold_world.py` reward models are trained on 200, 800 and 3,200 noisy pairs (`rlhf reward`), and the
+policy is optimised against them, by best-of-n and by PPO without a KL penalty (`rlhf ppo`). What it is optimised
+against is one reward model, or four trained on the same pairs from different weights: their mean, their minimum, or
+their mean less one standard deviation (Coste et al. 2023, arXiv:2310.02743).
+
+    best-of-n  R(d) = d (alpha - beta d)           KL = log n - (n - 1) / n
+    PPO        R(d) = d (alpha - beta log d)       KL as measured in every step
+
+R is gold's gain over the unoptimised policy, in deviations of gold over that policy's answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from gold_world import BUDGET, PROMPTS, World, build, choice, config_of, rows_of, train_proxy
+from harness import RESULTS, ROOT, Report, save
+from torch import Tensor
+
+from rlhf.runs import RunOptions
+from rlhf.stages import ppo
+from rlhf.types import Rollout
+
+SIZES = {200: 10, 800: 5, 3200: 3}
+"""Pairs -> epochs over them."""
+MEMBERS = 4
+NOISE = {"noise": 0.3, "careless": 0.3}
+"""Labels: Bradley-Terry on gold / noise, and 30% of them by a coin."""
+SAMPLES, LARGEST_N = 8192, 2048
+Curve = list[tuple[float, float]]
+
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "single": lambda scores_MB: scores_MB[0],
+    "mean": lambda scores_MB: scores_MB.mean(0),
+    "min": lambda scores_MB: scores_MB.amin(0),
+    "mean - std": lambda scores_MB: scores_MB.mean(0) - scores_MB.std(0),
+}
+
+
+class Proxies:
+    """Reward models trained on the same pairs; every one has mean 0 and deviation 1 over the policy's answers."""
+
+    def __init__(self, world: World, folders: Sequence[str], reference: Sequence[Rollout]) -> None:
+        self._members = [world.load_proxy(folder) for folder in folders]
+        raw_MB = self.raw(reference)
+        self._mean_M1, self._std_M1 = raw_MB.mean(1, keepdim=True), raw_MB.std(1, keepdim=True)
+
+    def raw(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Scores of every member, [M, B]."""
+        return torch.tensor([member.score_tokens(rows_of(rollouts)) for member in self._members])
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Scores of every member, [M, B], in one unit."""
+        return (self.raw(rollouts) - self._mean_M1) / self._std_M1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=50, help="of PPO")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "overoptimisation")
+    parser.add_argument("--draw-only", action="store_true", help="fit and draw what is there, run nothing")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.draw_only:
+        for seed in args.seeds:
+            file = args.out / f"seed-{seed}.json"
+            if not file.is_file():
+                file.write_text(json.dumps(experiment(args.out / f"seed-{seed}", seed, args.steps)))
+
+
+# --- one seed ---------------------------------------------------------------------------------------------------
+
+
+def experiment(folder: Path, seed: int, steps: int) -> Report:
+    """All that is measured in the world of `seed`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    world = build(folder, seed, proxies=MEMBERS)
+    reference = world.sample(SAMPLES, seed=2)
+    heldout = world.sample(500, seed=3)
+    write_heldout(world, heldout)
+    report: Report = {"seed": seed, "sizes": {}}
+    for size, epochs in SIZES.items():
+        began = time.perf_counter()
+        rows = labelled_pairs(reference, size, seed)
+        trained = [
+            train_proxy(
+                world, rows, start=f"proxy-{m}", name=f"rm-{size}-{m}", epochs=epochs, seed=m, optim={"lr": 1e-3}
+            )
+            for m in range(MEMBERS)
+        ]
+        proxies = Proxies(world, [result.outputs["reward_model"] for result in trained], reference)
+        scores_MB, gold_B = proxies(reference), torch.tensor([r.gold_score for r in reference])
+        found: Report = {
+            "pairs": len(rows),
+            "accuracy": [result.summary["accuracy"] for result in trained],
+            "best_of_n": {rule: best_of_n(combine(scores_MB), gold_B) for rule, combine in RULES.items()},
+            "ppo": {},
+        }
+        for rule, combine in RULES.items():
+            found["ppo"][rule] = run_ppo(world, proxies, combine, name=f"ppo-{size}-{rule}", seed=seed, steps=steps)
+        report["sizes"][str(size)] = found
+        print(f"seed {seed}, {size} pairs: {time.perf_counter() - began:.0f} s", flush=True)
+    return report
+
+
+def write_heldout(world: World, rollouts: Sequence[Rollout]) -> None:
+    """Pairs in gold's order, for the reward stage to test on."""
+    pairs = [sorted(pair, key=gold_of) for pair in zip(rollouts[::2], rollouts[1::2], strict=True)]
+    rows = [pair_row(better, worse) for worse, better in pairs if differ(better, worse)]
+    (world.folder / "heldout.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def labelled_pairs(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Report]:
+    """Noisy labels of `count` pairs of answers to one prompt each; the first ones are the same for any `count`."""
+    rng = random.Random(f"labels/{seed}")
+    rows = []
+    while len(rows) < count:
+        start = rng.randrange(PROMPTS) * SAMPLES
+        a, b = (rollouts[start + rng.randrange(SAMPLES)] for _ in range(2))
+        if differ(a, b):
+            wins = choice(rng, gold_of(a), gold_of(b), **NOISE)
+            rows.append(pair_row(*((a, b) if wins else (b, a))))
+    return rows
+
+
+def gold_of(rollout: Rollout) -> float:
+    assert rollout.gold_score is not None
+    return rollout.gold_score
+
+
+def differ(a: Rollout, b: Rollout) -> bool:
+    """Two answers that can stand in a file of preferences."""
+    return bool(a.response and b.response) and a.response != b.response
+
+
+def pair_row(better: Rollout, worse: Rollout) -> Report:
+    return {"prompt": better.prompt, "chosen": better.response, "rejected": worse.response}
+
+
+def best_of_n(scores_B: Tensor, gold_B: Tensor) -> list[tuple[float, float, float]]:
+    """(KL, mean proxy, mean gold) of the best of n = 1, 2, 4, ... answers to a prompt, over the prompts."""
+    points = []
+    for n in (2**i for i in range(LARGEST_N.bit_length())):
+        parts = zip(scores_B.view(PROMPTS, -1), gold_B.view(PROMPTS, -1), strict=True)
+        means = [expected_best(scores, gold, n) for scores, gold in parts]
+        points.append((math.log(n) - (n - 1) / n, *(statistics.fmean(column) for column in zip(*means, strict=True))))
+    return points
+
+
+def expected_best(scores_N: Tensor, gold_N: Tensor, n: int) -> tuple[float, float]:
+    """(proxy, gold) of the best by proxy of n drawn without replacement from N: exact, not one draw.
+
+    The i-th smallest of N is the best of n with probability C(i - 1, n - 1) / C(N, n).
+    Source: Nakano et al. 2021 (arXiv:2112.09332), appendix I; Gao et al. 2022.
+    """
+    order_N = scores_N.argsort()
+    count = len(order_N)
+    i_N = torch.arange(1, count + 1, dtype=torch.float64)
+    total = torch.tensor([count, n], dtype=torch.float64)
+    log_all = torch.lgamma(total[0] + 1) - torch.lgamma(total[1] + 1) - torch.lgamma(total[0] - n + 1)
+    log_N = torch.lgamma(i_N) - torch.lgamma(total[1]) - torch.lgamma((i_N - n + 1).clamp(min=1)) - log_all
+    weight_N = log_N.exp().masked_fill(i_N < n, 0.0)
+    return float(weight_N @ scores_N[order_N].double()), float(weight_N @ gold_N[order_N].double())
+
+
+def run_ppo(
+    world: World, proxies: Proxies, combine: Callable[[Tensor], Tensor], *, name: str, seed: int, steps: int
+) -> list[tuple[float, float, float]]:
+    """(KL, mean proxy, mean gold) of every step of `rlhf ppo`, where the ensemble stands for the reward model."""
+
+    def reward(rollouts: Sequence[Rollout]) -> list[float]:
+        for rollout, gold in zip(rollouts, world.gold_scores(rollouts), strict=True):
+            rollout.gold_score = gold
+        return combine(proxies(rollouts)).tolist()
+
+    cfg = config_of(
+        "ppo",
+        world.folder,
+        run_dir=str(world.folder / name),
+        seed=seed,
+        prompts={"path": str(world.folder / "prompts.jsonl")},
+        scorer="readability",
+        critic_init="policy",
+        sampling={"max_new_tokens": BUDGET, "batch_size": 128},
+        steps=steps,
+        batch_size=128,
+        micro_batch_size=128,
+        epochs=2,
+        minibatches=2,
+        optim={"lr": 4e-4, "schedule": "constant"},
+        critic_lr=1.5e-3,
+        kl={"kind": "fixed", "coef": 0.0},
+        missing_eos={"kind": "none"},
+        save_every=0,
+        samples_per_step=1,
+        archive_rollouts=False,
+    )
+    with patch.object(ppo, "build_reward", lambda *_: reward), contextlib.redirect_stdout(io.StringIO()):
+        ppo.main(cfg, RunOptions(resume="never"))
+    lines = [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(round(line[f"objective/{key}"], 4) for key in ("kl", "scores", "gold")) for line in lines]
