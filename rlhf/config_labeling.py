@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf.config_base import EnvName, Positive, Probability, Seed, Strict
+from rlhf.config_judge import JudgeConfig
 
 
 class GoldConfig(Strict):
@@ -67,3 +68,4 @@ class LabelingStage(Strict):
     serve: ServeConfig = ServeConfig()
     queue: QueueConfig = QueueConfig()
     export: ExportConfig = ExportConfig()
+    judge: JudgeConfig | None = Field(default=None, description="the model of `rlhf label ai`")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rlhf.config_base import Beta, Positive, Probability, Seed, Strict, check_url
+from rlhf.config_judge import JudgeConfig
 from rlhf.config_labeling import LabelingStage
 from rlhf.config_ppo import GuardsConfig, KLConfig, MissingEOSConfig, RewardEndpointConfig
 
@@ -176,10 +177,11 @@ class LabelStage(StageConfig):
 
     rollouts: str = Field(description="Parquet file that `sample` wrote")
     heldout_rollouts: str | None = Field(default=None, description="the same of held-out prompts: nothing is split off")
-    labeler: Literal["simulated", "people"] = "simulated"
+    labeler: Literal["simulated", "ai", "people"] = "simulated"
     scorer: Literal["readability"] = "readability"
     annotators: list[AnnotatorConfig] = Field(default=[], description="the simulated ones")
     aggregate: Literal["majority", "dawid_skene"] = "dawid_skene"
+    judge: JudgeConfig | None = Field(default=None, description="the model that labels, with `labeler: ai`")
     project: str | None = Field(
         default=None, description="with `labeler: people`, configuration of the labeling project that gets the answers"
     )
@@ -194,8 +196,9 @@ class LabelStage(StageConfig):
     def _labeler_described(self) -> LabelStage:
         if self.labeler == "simulated" and not self.annotators:
             raise ValueError("labeler: simulated needs annotators; list at least one")
-        if (self.labeler == "people") != (self.project is not None):
-            raise ValueError("labeler: people and project go together; set both or neither")
+        for labeler, key in (("ai", "judge"), ("people", "project")):
+            if (self.labeler == labeler) != (getattr(self, key) is not None):
+                raise ValueError(f"labeler: {labeler} and {key} go together; set both or neither")
         return self
 
 

@@ -56,6 +56,10 @@ class RewardError(RlhfError):
     """Too many rollouts of a step got no score."""
 
 
+class JudgeError(RlhfError):
+    """A judge model leaves too many questions unanswered, or prefers what no one could prefer."""
+
+
 class MemoryLimitError(RlhfError):
     """Memory ran out; names the phase and the settings to lower."""
 
@@ -66,10 +70,6 @@ class LabelError(RlhfError):
 
 class LeaseError(LabelError):
     """The item is no longer this annotator's: the lease ran out, and the place has gone to somebody else."""
-
-
-class JudgeError(RlhfError):
-    """A judge model leaves too many questions unanswered, or prefers what no one could prefer."""
 
 
 class LabelsPending(RlhfError):

@@ -35,13 +35,15 @@ FREE_TO_CHANGE = frozenset(
 """Keys that change nothing that is learned but rounding: they may differ on a resume, and make no finished stage run
 again."""
 
-ADDED_LATER = {"earlier": None, "critic": None, "project": None, "round_dirs": []}
+ADDED_LATER = {"earlier": None, "critic": None, "judge": None, "project": None, "round_dirs": []}
 """Keys that are younger than runs on some disks. With these values they do not count, so that what was done before they
 existed is still done, and its checkpoints still fit."""
 
 RANKINGS, HELDOUT_RANKINGS = "rankings.train.jsonl", "rankings.heldout.jsonl"
 """What `label` writes for training and for testing."""
 
+_FREE_OF_A_JUDGE = ("endpoint", "budget", "local_batch_size", "max_failures")
+_LEARNED_OF_AN_ENDPOINT = ("logprobs", "structured", "max_answer_tokens", "request")
 _ROLLOUT_KEYS = ("rollouts", "heldout_rollouts")
 MODEL_KEYS = ("model", "reference", "base", "reward_model", "critic")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
@@ -194,13 +196,21 @@ def peak_rss_gb() -> float:
 def learned_fingerprint(cfg: StageConfig, *, processes: int = 1) -> str:
     """Fingerprint of every key that changes what is learned; of `batch_size`, which counts per process, the whole.
 
-    How many answers are sampled at a time is free with our own engine: each draws from a seed of its own.
+    How many answers are sampled at a time is free with our own engine: each draws from a seed of its own. Of a judge,
+    where it is asked and what it may cost are free.
     """
     keys = {k: v for k, v in cfg.model_dump(mode="json").items() if k not in FREE_TO_CHANGE}
     keys = {k: v for k, v in keys.items() if k not in ADDED_LATER or v != ADDED_LATER[k]}
     if (sampling := keys.get("sampling") or {}).get("engine") == "native":
         keys["sampling"] = {k: v for k, v in sampling.items() if k != "batch_size"}
+    if judge := keys.get("judge"):
+        keys["judge"] = {k: v for k, v in judge.items() if k not in _FREE_OF_A_JUDGE} | _answering(judge)
     return fingerprint(keys | ({"batch_size": keys["batch_size"] * processes} if "batch_size" in keys else {}))
+
+
+def _answering(judge: dict[str, Any]) -> dict[str, Any]:
+    endpoint = judge["endpoint"]
+    return {"endpoint": endpoint and {k: endpoint[k] for k in _LEARNED_OF_AN_ENDPOINT}}
 
 
 def named_data(cfg: StageConfig) -> set[str]:
@@ -217,6 +227,8 @@ def named_models(cfg: StageConfig) -> set[str]:
     plain = cfg.model_dump(mode="json")
     named = [plain.get(key) for key in MODEL_KEYS] + plain.get("further_models", [])
     named += (plain.get("policies") or {}).values()
+    if (judge := plain.get("judge")) and judge["endpoint"] is None:
+        named.append(judge["model"])
     return {name for name in named if isinstance(name, str)}
 
 

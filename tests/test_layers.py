@@ -24,8 +24,8 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 LAYERS = [
     "rlhf reward_model rlhf.errors rlhf.types rlhf.functional rlhf.functional.* reward_model.losses",
-    "rlhf.config rlhf.config_base rlhf.config_labeling rlhf.config_ppo rlhf.config_schema rlhf.files rlhf.runs "
-    "rlhf.runtime rlhf.sharding rlhf.checkpoint rlhf.tensor_files "
+    "rlhf.config rlhf.config_base rlhf.config_judge rlhf.config_labeling rlhf.config_ppo rlhf.config_schema rlhf.files "
+    "rlhf.runs rlhf.runtime rlhf.sharding rlhf.checkpoint rlhf.tensor_files "
     "rlhf.random_state rlhf.resume rlhf.tracking rlhf.kl_control rlhf.progress",
     "rlhf.data rlhf.data.* rlhf.models rlhf.models.*",
     "rlhf.rollout rlhf.rollout.* rlhf.supervised rlhf.supervised.* rlhf.eval rlhf.eval.* "

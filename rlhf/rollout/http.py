@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, TypeVar
@@ -37,6 +37,15 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
+class HttpAnswer:
+    """What came, whatever its status; the names of `headers` are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+
+@dataclass(frozen=True)
 class JsonServer:
     """Where requests go.
 
@@ -45,12 +54,14 @@ class JsonServer:
         timeout_s: of one request, from connecting to the last byte of the answer.
         token: sent as bearer token; never shown.
         allow_private: whether its address may be private, loopback or link-local.
+        max_bytes: of an answer.
     """
 
     url: str
     timeout_s: float
     token: str | None = field(default=None, repr=False)
     allow_private: bool = False
+    max_bytes: int = MAX_ANSWER_BYTES
 
     def send(self, path: str = "", body: Any = None) -> Any:
         """GET, or POST of a JSON body; returns the JSON of the answer.
@@ -60,14 +71,15 @@ class JsonServer:
             Refused: any other status but 2xx, redirects among them.
             ConfigError: the address is not allowed.
         """
-        status, content = self._exchange(path, None if body is None else json.dumps(body).encode())
+        answer = self.exchange(path, None if body is None else json.dumps(body).encode())
+        status, content = answer.status, answer.content
         if not 200 <= status < 300:
             kind = Unanswered if status == 429 or status >= 500 else Refused
-            raise kind(f"status {status}: {self._shown(content)}")
+            raise kind(f"status {status}: {self.shown(content)}")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise Unanswered(f"no JSON ({type(error).__name__}): {self._shown(content)!r}") from None
+            raise Unanswered(f"no JSON ({type(error).__name__}): {self.shown(content)!r}") from None
 
     def addresses(self) -> list[tuple[Any, ...]]:
         """What the host resolves to now, as `socket.getaddrinfo` gives it.
@@ -90,13 +102,18 @@ class JsonServer:
                 )
         return found
 
-    def _shown(self, content: bytes) -> str:
-        """The beginning of an answer, for an error."""
+    def shown(self, content: bytes) -> str:
+        """The beginning of an answer, for an error; without the token."""
         text = content.decode(errors="replace")
         return (text.replace(self.token, "<redacted>") if self.token else text)[:SHOWN]
 
-    def _exchange(self, path: str, data: bytes | None) -> tuple[int, bytes]:
-        """(status, content) of one request."""
+    def exchange(self, path: str, data: bytes | None) -> HttpAnswer:
+        """One request: GET, or POST of JSON text.
+
+        Raises:
+            Unanswered: no whole answer in time.
+            ConfigError: the address is not allowed.
+        """
         parts = urlsplit(self.url)
         headers = {"Content-Type": "application/json", "User-Agent": "rlhf"}
         if self.token:
@@ -110,10 +127,10 @@ class JsonServer:
                 target = (parts.path + path or "/") + (f"?{parts.query}" if parts.query else "")
                 connection.request("GET" if data is None else "POST", target, data, headers)
                 response = connection.getresponse()
-                content = response.read(MAX_ANSWER_BYTES)
+                content = response.read(self.max_bytes)
                 if response.length:  # bytes that were announced and did not come
-                    raise Unanswered(f"the answer broke off, or is longer than {MAX_ANSWER_BYTES} bytes")
-                return response.status, content
+                    raise Unanswered(f"the answer broke off, or is longer than {self.max_bytes} bytes")
+                return HttpAnswer(response.status, {k.lower(): v for k, v in response.getheaders()}, content)
         except TimeoutError:
             raise Unanswered(f"no answer within {self.timeout_s:g} s") from None
         except (OSError, HTTPException) as error:

@@ -1,8 +1,9 @@
 """Label sampled rollouts: judge pair by pair, aggregate, rank, split by prompt.
 
-The labels are simulated (annotators with known faults judge by a programmatic gold score), or people's (`labeler:
-people`, `reward_model/labeling/people.py`). Every file says which. What is written by hand has the same format and
-enters at the same place: the reward stage reads rankings, whoever made them.
+The labels are simulated (annotators with known faults judge by a programmatic gold score), a language model's
+(`labeler: ai`, `reward_model/labeling/judged.py`) or people's (`labeler: people`, `reward_model/labeling/people.py`).
+Every file says which. What is written by hand has the same format and enters at the same place: the reward stage reads
+rankings, whoever made them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from reward_model.labeling.agreement import (
     wins_matrix,
 )
 from reward_model.labeling.groups import Group, LabelResult, comparable, group_rollouts, split
+from reward_model.labeling.judged import judge_rollouts
 from reward_model.labeling.rounds import joined, read_sides
 from reward_model.labeling.simulate import Judgment, judge_pairs
 from rlhf.config_schema import LabelStage
@@ -65,10 +67,11 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
 
     Args:
         cfg: the stage's configuration.
-        ctx: unused; labeling has no device and nothing to resume.
+        ctx: unused; what a judge model answered is kept in the run folder and never asked again.
 
     Raises:
         DataError: the rollouts cannot be read, or hold nothing to compare.
+        JudgeError: a judge model fails (`labeler: ai`); its answers so far are kept for the next run.
         LabelsPending: people have still to label them (`labeler: people`).
     """
     from rlhf.rollout.buffer import RolloutBuffer
@@ -229,4 +232,4 @@ def _by_people(rollouts: Sequence[Rollout], cfg: LabelStage, heldout_rollouts: S
     return people_rollouts(rollouts, cfg, heldout_rollouts)
 
 
-LABELERS = {"simulated": label_rollouts, "people": _by_people}
+LABELERS = {"simulated": label_rollouts, "ai": judge_rollouts, "people": _by_people}
