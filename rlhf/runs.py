@@ -35,7 +35,10 @@ FREE_TO_CHANGE = frozenset(
 """Keys that change nothing that is learned but rounding: they may differ on a resume, and make no finished stage run
 again."""
 
-ADDED_LATER = {"earlier": None, "critic": None, "judge": None, "project": None, "round_dirs": []}
+ADDED_LATER: dict[str, Any] = {
+    **dict.fromkeys(("judge", "project", "earlier", "ensemble", "critic", "reward_aggregate", "reward_std_coef")),
+    "round_dirs": [],
+}
 """Keys that are younger than runs on some disks. With these values they do not count, so that what was done before they
 existed is still done, and its checkpoints still fit."""
 

@@ -7,24 +7,22 @@ the command may be repeated, or killed, at any time.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from reward_model.labeling.aggregation import aggregate
-from reward_model.labeling.agreement import ranks_from_wins
-from reward_model.labeling.groups import Group, LabelResult, comparable, group_rollouts, split
-from reward_model.labeling.records import Candidate, Item, Judgment
+from reward_model.labeling.groups import LabelResult, comparable, group_rollouts, split
+from reward_model.labeling.preferences import label_items, ranking_of
+from reward_model.labeling.queue import choose_items, read_pools, score
+from reward_model.labeling.records import Item, Judgment
 from reward_model.labeling.store import LabelStore
 from rlhf import config
-from rlhf.config_labeling import LabelingStage
+from rlhf.config_labeling import ExportConfig, LabelingStage
 from rlhf.config_schema import LabelStage
 from rlhf.errors import LabelsPending
-from rlhf.types import Ranking, Rollout
+from rlhf.types import Rollout
 
 README = """Labels in this folder were given by people, in the labeling project {project}.
 
@@ -46,9 +44,9 @@ def people_rollouts(
         LabelsPending: items have still to be labeled.
     """
     assert cfg.project is not None, "config_schema.LabelStage checks this"
+    comparable(group_rollouts(rollouts, heldout_rollouts))  # for its errors
     project: LabelingStage = config.load(cfg.project, "labeling", [])
-    groups = comparable(group_rollouts(rollouts, heldout_rollouts))
-    items = {item.key: item for group in groups for item in items_of(group, cfg, project)}
+    items = {item.key: item for item in items_of(cfg, project)}
     with LabelStore.open(project) as store:
         store.add_items(items.values())
         states = store.item_states()
@@ -63,8 +61,9 @@ def people_rollouts(
             fix=f"label on with `rlhf label serve {cfg.project}`, then run the same command again",
         )
     kept = [judgment for judgment in judgments if judgment.item_key in set(ready)]
-    wins = aggregate(items, kept, cfg.aggregate)
-    rankings = [ranking_of(items[key], wins[key], cfg) for key in ready]
+    rules = ExportConfig(aggregate=cfg.aggregate, ties="keep")
+    labeled, _ = label_items([items[key] for key in ready], states, kept, rules)
+    rankings = [ranking_of(label) for label in labeled]
     train, heldout = split(rankings, heldout_rollouts, cfg.heldout_fraction, cfg.seed)
     counts = {
         "prompts": len({ranking.prompt_id for ranking in rankings}),
@@ -81,52 +80,19 @@ def people_rollouts(
     )
 
 
-def items_of(group: Group, cfg: LabelStage, project: LabelingStage) -> list[Item]:
-    """What is asked about one prompt: a ranking of its first answers, or some of its pairs, chosen by hash."""
-    wanted, queue = project.judgments_per_item, project.queue
-    if queue.kind == "ranking":
-        chosen = [tuple(range(min(len(group.rollouts), queue.responses_per_item)))]
-    else:
-        pairs = combinations(range(len(group.rollouts)), 2)
-        chosen = sorted(pairs, key=lambda pair: _lot(cfg.seed, group.prompt_id, pair))[: queue.pairs_per_prompt]
-    return [
-        Item(
-            prompt=group.prompt,
-            responses=[
-                Candidate(rollout.response, policy=rollout.policy, tokens=rollout.tokens, score=rollout.score)
-                for rollout in (group.rollouts[index] for index in indices)
-            ],
-            kind=queue.kind,
-            prompt_id=group.prompt_id,
-            source=cfg.rollouts,
-            batch=queue.batch or "/".join(Path(cfg.run_dir).parts[-2:])[-64:],
-            wanted=wanted,
-        )
-        for indices in chosen
-    ]
-
-
-def ranking_of(item: Item, wins: list[list[float]], cfg: LabelStage) -> Ranking:
-    """An item with what people say of it."""
-    tokens = [response.tokens for response in item.responses]
-    return Ranking(
-        prompt=item.prompt,
-        responses=[response.text for response in item.responses],
-        ranks=ranks_from_wins(wins),
-        wins=wins,
-        tokens=[row for row in tokens if row is not None],
-        prompt_id=item.prompt_id,
-        meta={"labels": "people", "labeler": f"people, {cfg.aggregate}"},
-    )
+def items_of(cfg: LabelStage, project: LabelingStage) -> list[Item]:
+    """What is asked about the rollouts, by the rules of the project's queue; a batch of its own for each round."""
+    batch = project.queue.batch or "/".join(Path(cfg.run_dir).parts[-2:])[-64:]
+    queue = project.queue.model_copy(update={"batch": batch})
+    pools, _ = read_pools([cfg.rollouts, *([cfg.heldout_rollouts] if cfg.heldout_rollouts else [])])
+    pools = [pool for pool in pools if len(pool.responses) >= 2]
+    scores_MN = score(queue.reward_models, pools, seed=project.seed) if queue.reward_models else None
+    return choose_items(pools, project.model_copy(update={"queue": queue}), scores_MN)
 
 
 def _counts(judgment: Judgment) -> bool:
     """Given by a person, about the responses, and not as a repeat."""
     return judgment.decides and judgment.labeler == "person" and judgment.presentation == 0
-
-
-def _lot(seed: int, prompt_id: str, pair: tuple[int, ...]) -> bytes:
-    return hashlib.sha256(f"{seed}/{prompt_id}/{pair}".encode()).digest()
 
 
 def _line(judgment: Judgment, item: Item) -> dict[str, Any]:
