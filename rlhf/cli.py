@@ -16,7 +16,7 @@ from rich.text import Text
 
 import rlhf
 from rlhf import cli_label, config, runs
-from rlhf.errors import RlhfError
+from rlhf.errors import LabelsPending, RlhfError
 
 app = typer.Typer(
     add_completion=False,
@@ -172,6 +172,9 @@ def _shielded(action) -> None:  # type: ignore[no-untyped-def]
     """Users' errors, and the disk's that name a path, become one panel and exit code 2; bugs keep their traceback."""
     try:
         action()
+    except LabelsPending as error:
+        Console().print(f"{error.message}\n{error.fix}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
     except RlhfError as error:
         _refuse(type(error).__name__, error.message, error.fix)
     except OSError as error:

@@ -10,6 +10,15 @@ from rlhf.config_base import EnvName, Positive, Probability, Seed, Strict
 from rlhf.config_judge import JudgeConfig
 
 
+class AnnotatorConfig(Strict):
+    """One simulated annotator: P(left) = sigmoid((gold_left - gold_right) / noise + left_bias), else a coin."""
+
+    name: str
+    noise: Annotated[float, Field(gt=0)] = Field(default=1.0, description="in units of the gold score")
+    left_bias: float = 0.0
+    careless: Probability = Field(default=0.0, description="share of judgments given by a coin flip")
+
+
 class GoldConfig(Strict):
     """Questions whose answer is known, mixed in unseen; who fails too many of them gets no further items."""
 

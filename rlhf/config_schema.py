@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rlhf.config_base import Beta, Positive, Probability, Seed, Strict, check_url
 from rlhf.config_judge import JudgeConfig
-from rlhf.config_labeling import LabelingStage
+from rlhf.config_labeling import AnnotatorConfig, LabelingStage
 from rlhf.config_ppo import GuardsConfig, KLConfig, MissingEOSConfig, RewardEndpointConfig
 from rlhf.config_reward import Aggregate, EnsembleConfig, StdCoef
 
@@ -164,25 +164,19 @@ class SampleStage(StageConfig):
         return self
 
 
-class AnnotatorConfig(Strict):
-    """One simulated annotator: P(left) = sigmoid((gold_left - gold_right) / noise + left_bias), else a coin."""
-
-    name: str
-    noise: Annotated[float, Field(gt=0)] = Field(default=1.0, description="in units of the gold score")
-    left_bias: float = 0.0
-    careless: Probability = Field(default=0.0, description="share of judgments given by a coin flip")
-
-
 class LabelStage(StageConfig):
     """Preference labels for sampled rollouts."""
 
     rollouts: str = Field(description="Parquet file that `sample` wrote")
     heldout_rollouts: str | None = Field(default=None, description="the same of held-out prompts: nothing is split off")
-    labeler: Literal["simulated", "ai"] = "simulated"
+    labeler: Literal["simulated", "ai", "people"] = "simulated"
     scorer: Literal["readability"] = "readability"
     annotators: list[AnnotatorConfig] = Field(default=[], description="the simulated ones")
     aggregate: Literal["majority", "dawid_skene"] = "dawid_skene"
     judge: JudgeConfig | None = Field(default=None, description="the model that labels, with `labeler: ai`")
+    project: str | None = Field(
+        default=None, description="with `labeler: people`, configuration of the labeling project that gets the answers"
+    )
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.15, description="prompts kept for testing")
     earlier: str | None = Field(
         default=None,
@@ -194,8 +188,9 @@ class LabelStage(StageConfig):
     def _labeler_described(self) -> LabelStage:
         if self.labeler == "simulated" and not self.annotators:
             raise ValueError("labeler: simulated needs annotators; list at least one")
-        if (self.labeler == "ai") != (self.judge is not None):
-            raise ValueError("labeler: ai and judge go together; set both or neither")
+        for labeler, key in (("ai", "judge"), ("people", "project")):
+            if (self.labeler == labeler) != (getattr(self, key) is not None):
+                raise ValueError(f"labeler: {labeler} and {key} go together; set both or neither")
         return self
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import Console
 
-from rlhf.config import dump
+from rlhf.config import dump, load
 from rlhf.config_schema import DatasetConfig, EvaluateStage, PipelineStage, SFTStage
 from rlhf.errors import ConfigError, DataError, ModelError
 from rlhf.models import bundled
@@ -98,6 +98,8 @@ class _Inputs:
                 self._model(key, value)
             elif key in ("rollouts", "heldout_rollouts", "evaluate_dir", "earlier") and isinstance(value, str):
                 self._file(key, value)
+            elif key == "project" and isinstance(value, str):
+                self._say(key, f"{value}, its database and exports in {load(value, 'labeling', []).run_dir}")
             elif key == "policies":
                 for name, model in value.items():
                     self._model(f"policies.{name}", model)

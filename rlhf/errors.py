@@ -70,3 +70,10 @@ class LabelError(RlhfError):
 
 class LeaseError(LabelError):
     """The item is no longer this annotator's: the lease ran out, and the place has gone to somebody else."""
+
+
+class LabelsPending(RlhfError):
+    """People have still to label. Nothing is wrong: once they have, the same command goes on."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again later."""

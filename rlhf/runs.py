@@ -35,17 +35,9 @@ FREE_TO_CHANGE = frozenset(
 """Keys that change nothing that is learned but rounding: they may differ on a resume, and make no finished stage run
 again."""
 
-_FREE_OF_A_JUDGE = ("endpoint", "budget", "local_batch_size", "max_failures")
-_LEARNED_OF_AN_ENDPOINT = ("logprobs", "structured", "max_answer_tokens", "request")
-
-ADDED_LATER = {
-    "earlier": None,
-    "critic": None,
+ADDED_LATER: dict[str, Any] = {
+    **dict.fromkeys(("judge", "project", "earlier", "ensemble", "critic", "reward_aggregate", "reward_std_coef")),
     "round_dirs": [],
-    "judge": None,
-    "ensemble": None,
-    "reward_aggregate": None,
-    "reward_std_coef": None,
 }
 """Keys that are younger than runs on some disks. With these values they do not count, so that what was done before they
 existed is still done, and its checkpoints still fit."""
@@ -53,6 +45,8 @@ existed is still done, and its checkpoints still fit."""
 RANKINGS, HELDOUT_RANKINGS = "rankings.train.jsonl", "rankings.heldout.jsonl"
 """What `label` writes for training and for testing."""
 
+_FREE_OF_A_JUDGE = ("endpoint", "budget", "local_batch_size", "max_failures")
+_LEARNED_OF_AN_ENDPOINT = ("logprobs", "structured", "max_answer_tokens", "request")
 _ROLLOUT_KEYS = ("rollouts", "heldout_rollouts")
 MODEL_KEYS = ("model", "reference", "base", "reward_model", "critic")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")

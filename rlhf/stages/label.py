@@ -1,8 +1,9 @@
 """Label sampled rollouts: judge pair by pair, aggregate, rank, split by prompt.
 
-The labels are simulated (annotators with known faults judge by a programmatic gold score), or a language model's
-(`labeler: ai`, `reward_model/labeling/judged.py`). Every file says which. What people write by hand
-has the same format and enters at the same place: the reward stage reads rankings, whoever made them.
+The labels are simulated (annotators with known faults judge by a programmatic gold score), a language model's
+(`labeler: ai`, `reward_model/labeling/judged.py`) or people's (`labeler: people`, `reward_model/labeling/people.py`).
+Every file says which. What is written by hand has the same format and enters at the same place: the reward stage reads
+rankings, whoever made them.
 """
 
 from __future__ import annotations
@@ -71,16 +72,13 @@ def main(cfg: LabelStage, ctx: Any = None) -> RunResult:
     Raises:
         DataError: the rollouts cannot be read, or hold nothing to compare.
         JudgeError: a judge model fails (`labeler: ai`); its answers so far are kept for the next run.
+        LabelsPending: people have still to label them (`labeler: people`).
     """
     from rlhf.rollout.buffer import RolloutBuffer
 
     rollouts = RolloutBuffer.from_parquet(cfg.rollouts).rollouts
     heldout = RolloutBuffer.from_parquet(cfg.heldout_rollouts).rollouts if cfg.heldout_rollouts else []
-    if cfg.labeler == "ai":
-        result = judge_rollouts(rollouts, cfg, heldout)
-    else:
-        result = label_rollouts(rollouts, cfg, heldout)
-        _print_table(result.report)
+    result = LABELERS[cfg.labeler](rollouts, cfg, heldout)
     if cfg.earlier:
         earlier, chosen = read_sides(cfg.earlier), cfg.heldout_rollouts is not None
         result.train, result.heldout = joined(earlier, (result.train, result.heldout), chosen=chosen)
@@ -133,6 +131,7 @@ def label_rollouts(
     readme = README.format(scorer=cfg.scorer, aggregate=cfg.aggregate)
     agreement = report["agreement_with_gold"]["aggregate"]
     summary = {"labels": "simulated", **report["counts"], "agreement_with_gold": agreement}
+    _print_table(report)
     return LabelResult(train, heldout, lines, report, readme, summary)
 
 
@@ -225,3 +224,12 @@ def _print_table(report: dict[str, Any]) -> None:
 
 def _percent(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.1%}"
+
+
+def _by_people(rollouts: Sequence[Rollout], cfg: LabelStage, heldout_rollouts: Sequence[Rollout] = ()) -> LabelResult:
+    from reward_model.labeling.people import people_rollouts  # the database's packages are an extra
+
+    return people_rollouts(rollouts, cfg, heldout_rollouts)
+
+
+LABELERS = {"simulated": label_rollouts, "ai": judge_rollouts, "people": _by_people}

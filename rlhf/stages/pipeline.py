@@ -34,7 +34,7 @@ from rich.console import Console
 
 from rlhf.config import fingerprint, validate
 from rlhf.config_schema import PipelineStage, SampleStage
-from rlhf.errors import ConfigError, StageError
+from rlhf.errors import ConfigError, LabelsPending, StageError
 from rlhf.files import atomic_write
 from rlhf.runs import (
     HELDOUT_RANKINGS,
@@ -292,6 +292,7 @@ def run_stage(planned: Planned, cfg: PipelineStage, options: RunOptions) -> None
 
     Raises:
         StageError: it exited with another code than 0.
+        SystemExit: it waits for people's labels, and has said so.
     """
     folder = stage_dir(cfg, planned.name)
     _clear_if_changed(folder, planned)
@@ -312,6 +313,8 @@ def run_stage(planned: Planned, cfg: PipelineStage, options: RunOptions) -> None
         options.resume,
     ]
     code = subprocess.run(command, check=False).returncode
+    if code == LabelsPending.exit_code:
+        raise SystemExit(code)
     if code != 0:
         raise StageError(
             f"stage {planned.name} ended with exit code {code}; what was finished is kept in {cfg.run_dir}",

@@ -10,7 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
+from reward_model.labeling.records import Answer
+from reward_model.labeling.store import LabelStore
 from rlhf import config
 from rlhf.data.records import read_rankings
 from rlhf.dry_run import describe
@@ -276,3 +279,48 @@ def test_a_failing_stage_of_a_later_round_is_named_with_it(finished: Path, monke
     monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
     with pytest.raises(Exception, match="stage round_3/sample ended with exit code 3"):
         run(finished, "rounds=3")
+
+
+def annotate(project: str, most: int) -> int:
+    """A scripted annotator who likes short answers; how many items were served."""
+    with LabelStore.open(config.load(project, "labeling", [])) as store:
+        user = store.ensure_user("ann", role="annotator")
+        for count in range(most):
+            task = store.next_task(user)
+            if task is None:
+                return count
+            left, right = map(len, task.responses)
+            answer = Answer("compare", value=(right < left) - (right > left))
+            store.submit(user, task.assignment_id, answer, f"s{task.assignment_id}")
+    return most
+
+
+def test_people_label_every_round_and_the_pipeline_waits_for_them(
+    pipeline_file: Any, stages_run: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    project = str(tmp_path / "project.yaml")
+    Path(project).write_text(yaml.safe_dump({"run_dir": str(tmp_path / "project"), "repeat_fraction": 0}))
+    label = {"labeler": "people", "project": project, "heldout_fraction": 0.25, "aggregate": "majority"}
+    file = pipeline_file(tmp_path, rounds=2, label=label)
+    for expected, most in ((["sft", "sample", "label"], 5), (["label"], 100)):
+        with pytest.raises(SystemExit) as ended:
+            run(file)
+        assert ended.value.code == 75
+        assert stages_run == expected
+        assert to_run(file)[0] == "label"
+        stages_run.clear()
+        annotate(project, most)
+    with pytest.raises(SystemExit):
+        run(file)
+    assert stages_run == ["label", "reward", "ppo", "sample", "label"], "the second round has answers of its own"
+    assert annotate(project, 100) > 5
+    stages_run.clear()
+    run(file)
+    assert stages_run == ["label", "reward", "ppo", "evaluate", "report"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["labels"] == "people"
+    first, both = (
+        (tmp_path / "run" / folder / "rankings.train.jsonl").read_text() for folder in ("label", "round_2/label")
+    )
+    assert both.startswith(first)
+    assert len(both) > len(first)

@@ -1,0 +1,101 @@
+"""`rlhf label CONFIG` with `labeler: people`: the answers go into a labeling project, and the stage ends until enough
+is labeled; then the same command takes the labels and goes on.
+
+What is queued depends on the rollouts and the configuration alone, and the project knows its items by their content, so
+the command may be repeated, or killed, at any time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from reward_model.labeling.groups import LabelResult, comparable, group_rollouts, split
+from reward_model.labeling.preferences import label_items, ranking_of
+from reward_model.labeling.queue import choose_items, read_pools, score
+from reward_model.labeling.records import Item, Judgment
+from reward_model.labeling.store import LabelStore
+from rlhf import config
+from rlhf.config_labeling import ExportConfig, LabelingStage
+from rlhf.config_schema import LabelStage
+from rlhf.errors import LabelsPending
+from rlhf.types import Rollout
+
+README = """Labels in this folder were given by people, in the labeling project {project}.
+
+  rankings.train.jsonl    one item a line: its responses, their wins and ranks, for training the reward model
+  rankings.heldout.jsonl  the same for the prompts kept for testing; no prompt is in both files
+  judgments.jsonl         one judgment a line; ranks are by response, 1 the best
+  labels_report.json      counts; `rlhf label export {project}` reports on agreement
+"""
+
+
+def people_rollouts(
+    rollouts: Sequence[Rollout], cfg: LabelStage, heldout_rollouts: Sequence[Rollout] = ()
+) -> LabelResult:
+    """Labels that people gave in the project of the configuration, where their answers are queued first.
+
+    Raises:
+        ConfigError: the project's configuration is not valid, or its database cannot be reached.
+        DataError: there is nothing to compare.
+        LabelsPending: items have still to be labeled.
+    """
+    assert cfg.project is not None, "config_schema.LabelStage checks this"
+    comparable(group_rollouts(rollouts, heldout_rollouts))  # for its errors
+    project: LabelingStage = config.load(cfg.project, "labeling", [])
+    items = {item.key: item for item in items_of(cfg, project)}
+    with LabelStore.open(project) as store:
+        store.add_items(items.values())
+        states = store.item_states()
+        judgments = [found for found in store.judgments() if found.item_key in items and _counts(found)]
+    given = Counter(judgment.item_key for judgment in judgments)
+    aside = [key for key in items if states[key] in ("flagged", "retired")]
+    ready = [key for key, item in items.items() if given[key] >= item.wanted and key not in aside]
+    if len(ready) + len(aside) < len(items) or not ready:
+        held = f", {len(aside)} are flagged or retired" if aside else ""
+        raise LabelsPending(
+            f"{len(ready)} of {len(items)} items are labeled{held}; the others wait for people.",
+            fix=f"label on with `rlhf label serve {cfg.project}`, then run the same command again",
+        )
+    kept = [judgment for judgment in judgments if judgment.item_key in set(ready)]
+    rules = ExportConfig(aggregate=cfg.aggregate, ties="keep")
+    labeled, _ = label_items([items[key] for key in ready], states, kept, rules)
+    rankings = [ranking_of(label) for label in labeled]
+    train, heldout = split(rankings, heldout_rollouts, cfg.heldout_fraction, cfg.seed)
+    counts = {
+        "prompts": len({ranking.prompt_id for ranking in rankings}),
+        "rankings_train": len(train),
+        "rankings_heldout": len(heldout),
+        "items_left_out": len(aside),
+        "judgments": len(kept),
+        "annotators": len({judgment.annotator for judgment in kept}),
+    }
+    report = {"labels": "people", "project": cfg.project, "aggregate": cfg.aggregate, "counts": counts}
+    lines = [_line(judgment, items[judgment.item_key]) for judgment in kept]
+    return LabelResult(
+        train, heldout, lines, report, README.format(project=cfg.project), {"labels": "people", **counts}
+    )
+
+
+def items_of(cfg: LabelStage, project: LabelingStage) -> list[Item]:
+    """What is asked about the rollouts, by the rules of the project's queue; a batch of its own for each round."""
+    batch = project.queue.batch or "/".join(Path(cfg.run_dir).parts[-2:])[-64:]
+    queue = project.queue.model_copy(update={"batch": batch})
+    pools, _ = read_pools([cfg.rollouts, *([cfg.heldout_rollouts] if cfg.heldout_rollouts else [])])
+    pools = [pool for pool in pools if len(pool.responses) >= 2]
+    scores_MN = score(queue.reward_models, pools, seed=project.seed) if queue.reward_models else None
+    return choose_items(pools, project.model_copy(update={"queue": queue}), scores_MN)
+
+
+def _counts(judgment: Judgment) -> bool:
+    """Given by a person, about the responses, and not as a repeat."""
+    return judgment.decides and judgment.labeler == "person" and judgment.presentation == 0
+
+
+def _line(judgment: Judgment, item: Item) -> dict[str, Any]:
+    answer = {key: value for key, value in asdict(judgment.answer).items() if value not in (None, "")}
+    shown = {"annotator": judgment.annotator, "order": judgment.order, "ranks_by_response": judgment.ranks}
+    return {"prompt_id": item.prompt_id, "item": judgment.item_key, **shown, **answer}
