@@ -25,14 +25,26 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
-from gold_world import BUDGET, PROMPTS, World, build, choice, config_of, rows_of, train_proxy
-from harness import RESULTS, ROOT, Report, save
+from gold_world import (
+    BUDGET,
+    PROMPTS,
+    World,
+    build,
+    choice,
+    config_of,
+    differ,
+    gold_of,
+    pair_row,
+    rows_of,
+    train_proxy,
+    write_heldout,
+)
+from harness import ROOT, Report
 from torch import Tensor
 
 from rlhf.runs import RunOptions
@@ -75,7 +87,7 @@ class Proxies:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=50, help="of PPO")
+    parser.add_argument("--steps", type=int, default=40, help="of PPO")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "overoptimisation")
     parser.add_argument("--draw-only", action="store_true", help="fit and draw what is there, run nothing")
     args = parser.parse_args()
@@ -122,13 +134,6 @@ def experiment(folder: Path, seed: int, steps: int) -> Report:
     return report
 
 
-def write_heldout(world: World, rollouts: Sequence[Rollout]) -> None:
-    """Pairs in gold's order, for the reward stage to test on."""
-    pairs = [sorted(pair, key=gold_of) for pair in zip(rollouts[::2], rollouts[1::2], strict=True)]
-    rows = [pair_row(better, worse) for worse, better in pairs if differ(better, worse)]
-    (world.folder / "heldout.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
 def labelled_pairs(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Report]:
     """Noisy labels of `count` pairs of answers to one prompt each; the first ones are the same for any `count`."""
     rng = random.Random(f"labels/{seed}")
@@ -140,20 +145,6 @@ def labelled_pairs(rollouts: Sequence[Rollout], count: int, seed: int) -> list[R
             wins = choice(rng, gold_of(a), gold_of(b), **NOISE)
             rows.append(pair_row(*((a, b) if wins else (b, a))))
     return rows
-
-
-def gold_of(rollout: Rollout) -> float:
-    assert rollout.gold_score is not None
-    return rollout.gold_score
-
-
-def differ(a: Rollout, b: Rollout) -> bool:
-    """Two answers that can stand in a file of preferences."""
-    return bool(a.response and b.response) and a.response != b.response
-
-
-def pair_row(better: Rollout, worse: Rollout) -> Report:
-    return {"prompt": better.prompt, "chosen": better.response, "rejected": worse.response}
 
 
 def best_of_n(scores_B: Tensor, gold_B: Tensor) -> list[tuple[float, float, float]]:
@@ -204,10 +195,10 @@ def run_ppo(
         steps=steps,
         batch_size=128,
         micro_batch_size=128,
-        epochs=2,
+        epochs=1,
         minibatches=2,
-        optim={"lr": 4e-4, "schedule": "constant"},
-        critic_lr=1.5e-3,
+        optim={"lr": 8e-4, "schedule": "constant"},
+        critic_lr=2e-3,
         kl={"kind": "fixed", "coef": 0.0},
         missing_eos={"kind": "none"},
         save_every=0,
