@@ -28,7 +28,8 @@ LAYERS = [
     "rlhf.random_state rlhf.resume rlhf.tracking rlhf.kl_control rlhf.progress",
     "rlhf.data rlhf.data.* rlhf.models rlhf.models.*",
     "rlhf.rollout rlhf.rollout.* rlhf.supervised rlhf.supervised.* rlhf.eval rlhf.eval.* "
-    "reward_model.model reward_model.ensemble reward_model.data reward_model.packing "
+    "reward_model.model reward_model.ensemble reward_model.data reward_model.packing reward_model.finish "
+    "reward_model.calibrate reward_model.measure "
     "reward_model.labeling reward_model.labeling.*",
     "rlhf.stages rlhf.stages.* reward_model.train",
     "rlhf.cli rlhf.cli_label rlhf.__main__ rlhf.dry_run rlhf.doctor rlhf.plan rlhf.planning rlhf.footprint "

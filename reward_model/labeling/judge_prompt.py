@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.data.formats import as_chat
+from rlhf.data.fields import as_chat
 from rlhf.types import Message, Prompt
 
 VERSION = 1
