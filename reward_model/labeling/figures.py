@@ -92,7 +92,7 @@ def items_by_state(session: Session) -> dict[str, int]:
 
 
 def judgments_per(session: Session, now_ms: int, period_ms: int, periods: int) -> list[Period]:
-    """Deciding judgments of the last `periods` days or hours, the newest first; empty periods are there too."""
+    """Deciding judgments of the last `periods` days or hours, the newest first, back to the oldest that has any."""
     judged = effective()
     now = now_ms // period_ms
     number = (judged.c.created_ms // period_ms).label("number")
@@ -103,7 +103,8 @@ def judgments_per(session: Session, now_ms: int, period_ms: int, periods: int) -
     )
     counts = {int(n): count for n, count in session.execute(found)}
     form = "%Y-%m-%d" if period_ms == DAY_MS else "%Y-%m-%d %H:00"
-    return [Period(_text(n * period_ms, form), counts.get(n, 0)) for n in range(now, now - periods, -1)]
+    oldest = min(counts, default=now)
+    return [Period(_text(n * period_ms, form), counts.get(n, 0)) for n in range(now, oldest - 1, -1)]
 
 
 def seconds_per_item(session: Session) -> tuple[float, float] | None:

@@ -108,7 +108,7 @@ def test_agreement_and_annotators(web: Web) -> None:
     assert names.count("ada") == 2, "once among the annotators, once among the people"
     ada_row, ben_row = page.row("ada"), page.row("ben")
     assert (ada_row[0], ben_row[0]) == ("4", "4")
-    assert (ada_row[1], ada_row[3]) == ("undefined (no gold question)", "undefined (no swapped repeat)")
+    assert (ada_row[1], ada_row[3]) == ("-", "-"), "no gold question, no repeat"
     assert (ada_row[4], ben_row[4]) == ("75%", "75%")
     assert ada_row[5:9] == ["0%"] * 4
     assert (ada_row[9], ben_row[9:]) == ("2.5 s", ["0.5 s", "0.5 s"])
@@ -156,8 +156,9 @@ def test_days_and_hours_are_utc_s(web: Web) -> None:
         assert ada.judge().status_code == 200
     now = midnight + 2 * HOUR_MS
     with web.store.read() as session:
-        days = figures.judgments_per(session, now, DAY_MS, 3)
+        days = figures.judgments_per(session, now, DAY_MS, 9)
         hours = figures.judgments_per(session, now, HOUR_MS, 4)
+        assert figures.judgments_per(session, now + 9 * DAY_MS, DAY_MS, 2) == [Period("2027-01-24", 0)]
     assert days == [Period("2027-01-15", 2), Period("2027-01-14", 1), Period("2027-01-13", 1)]
     assert [(hour.start[-5:], hour.judgments) for hour in hours] == [
         ("02:00", 0),
