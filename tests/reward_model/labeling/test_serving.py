@@ -6,7 +6,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
+from reward_model.labeling import serving
 from reward_model.labeling.records import Answer
 from rlhf.errors import LabelError, LeaseError
 
@@ -391,3 +393,19 @@ def test_unknown_users_and_assignments(project: Any, make_items: Any) -> None:
     ):
         with pytest.raises(LabelError, match="is not yours"):
             call()
+
+
+def test_the_next_item_is_found_by_an_index(project: Any, make_items: Any) -> None:
+    """Not by a look at all items, and not by sorting them."""
+    store = project.open()
+    store.add_items(make_items(2000, wanted=3))
+    user = people(store, 1)[0]
+    prompts(project, store, user, 3)
+    query = serving.NEXT.params(user=user, gold=False).compile(store.engine, compile_kwargs={"literal_binds": True})
+    sqlite = store.engine.dialect.name == "sqlite"
+    with store.begin() as session:
+        session.execute(text("ANALYZE"))
+        plan = "\n".join(str(row) for row in session.execute(text(f"EXPLAIN {'QUERY PLAN' if sqlite else ''} {query}")))
+    assert "ix_items_serving" in plan, plan
+    for slow in ("SCAN", "TEMP B-TREE", "Seq Scan on items", "Sort"):
+        assert slow not in plan, plan
