@@ -126,7 +126,13 @@ def test_nothing_can_execute_what_it_reads(forbidden: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import rlhf.config, rlhf.cli", "import rlhf.stages.pipeline", "import rlhf.runs"]
+    "statement",
+    [
+        "import rlhf.config, rlhf.cli",
+        "import rlhf.stages.pipeline",
+        "import rlhf.runs",
+        "import reward_model.labeling.serve",
+    ],
 )
 def test_the_command_line_starts_without_torch(statement: str) -> None:
     heavy = "torch transformers accelerate peft trl wandb datasets"

@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.types import Prompt
+if TYPE_CHECKING:  # it brings torch along, and the labeling server starts without
+    from rlhf.types import Prompt
 
 Kind = Literal["pair", "ranking"]
 Labeler = Literal["person", "judge", "simulated"]
