@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from label_client import Browser, Web, candidates
+from label_client import Browser, Web, candidates, log_in
 
 from reward_model.labeling import figures
 from reward_model.labeling.figures import DAY_MS, HOUR_MS, Agreement, Period
@@ -269,3 +269,29 @@ def test_an_invite_link_is_shown_once_and_works(web: Web) -> None:
     page = root.get("/admin").text
     assert link[1] not in page
     assert re.search(r"viewer, by <bdi>root</bdi>, until 2027-01-22 08:00 UTC", page)
+
+
+def test_accounts_and_figures_work_on_postgresql_too(
+    postgres: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABELS_DATABASE", postgres.database())
+    web = Web(tmp_path, database_env="LABELS_DATABASE", gold={"fraction": 0.0})
+    root, ada = web.invited("root", "admin"), web.invited("Ärger")
+    web.add_pairs(5, wanted=1)
+    for ms in (1000, 2000, 3000):
+        prefer(ada, "better", ms_active=ms)
+    ada.judge("flag", notes="odd")
+    assert log_in(web.browser(), "ÄRGER", "wrong password").status_code == 401
+    assert log_in(web.browser(), "ÄRGER").status_code == 303
+    page = root.get("/admin").text
+    stats = numbers(page)
+    # The fifth item is before its annotator: its only place is taken, and it is not done.
+    assert (stats["of 5 judgments"], stats["items done"], stats["items open"], stats["flagged"]) == ("3", "3", "1", "1")
+    assert (stats["per judgment, median"], stats["90th percentile"]) == ("2.0 s", "3.0 s")
+    assert Tables(page).row("2027-01-15")[0] == "3"
+    assert "<b><bdi>Ärger</bdi></b>: odd" in page
+    for path in ("users/1/deactivate", "users/2/deactivate", "users/2/activate", "users/2/unpause", "items/4/reopen"):
+        assert root.form(f"/admin/{path}").status_code == (409 if path == "users/1/deactivate" else 303)
+    with web.store.read() as session:
+        assert [event.kind for event in figures.events(session)][:2] == ["item_reopened", "user_unpaused"]
+    web.store.close()
