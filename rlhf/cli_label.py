@@ -68,8 +68,11 @@ def add_tools(shielded: Callable[[Callable[[], None]], None]) -> None:
         config_name: ConfigArgument,
         file: Annotated[str, typer.Argument(help="a file of preferences, Label Studio or Argilla")],
         overrides: Overrides = None,
+        format: Annotated[str, typer.Option(help="hh, preference, ranking, tldr, ultrafeedback, ...")] = "auto",
+        with_labels: Annotated[bool, typer.Option("--with-labels", help="store the file's labels, too")] = False,
+        gold: Annotated[bool, typer.Option("--gold", help="its labels are the answers of gold questions")] = False,
     ) -> None:
-        tool("importing", config_name, overrides, file)
+        tool("importing", config_name, overrides, file, format, with_labels, gold)
 
     @app.command(help="Preference files for training, raw judgments, and the agreement report.")
     def export(config_name: ConfigArgument, overrides: Overrides = None) -> None:

@@ -36,7 +36,7 @@ def check_answer(answer: Answer, kind: str, K: int) -> None:
     Raises:
         LabelError: it does not fit; names the field.
     """
-    choices = {"pair": ("compare",), "ranking": ("rank",)}[kind] + ("both_bad", "skip", "flag")
+    choices = {"pair": ("compare", "rank"), "ranking": ("rank",)}[kind] + ("both_bad", "skip", "flag")
     if answer.choice not in choices:
         raise LabelError(f"choice: {answer.choice!r} does not fit a {kind}", fix=f"send one of {', '.join(choices)}")
     if answer.choice == "compare":

@@ -11,7 +11,7 @@ warn or return NaN; here the figure is None and its note says "undefined (all ag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -106,33 +106,21 @@ def cohen_kappa(confusion_CC: np.ndarray, weights: Literal["none", "quadratic"] 
     return Figure(float(1 - (weight_CC * confusion_CC).sum() / expected), n=n)
 
 
-def mean_tau(rankings: Sequence[np.ndarray]) -> Figure:
-    """Kendall's tau-b of two annotators of one item, averaged over such pairs, then over items.
+def item_tau(ranks_MK: np.ndarray) -> float:
+    """Kendall's tau-b of two annotators of one item, averaged over such pairs; NaN where there is none.
 
-    Args:
-        rankings: per item its ranks_MK, one row per annotator.
-
-    A pair in which somebody ranks all alike has no tau and is left out.
+    Who ranks all alike has no tau and is left out.
     Source: Kendall 1945, The treatment of ties in ranking problems.
     """
     from scipy.stats import kendalltau
 
-    judged = [ranks_MK for ranks_MK in rankings if len(ranks_MK) > 1]
-    if not judged:
-        return Figure(None, note=ONE_ANNOTATOR if rankings else NOTHING)
-    means = []
-    for ranks_MK in judged:
-        untied = [ranks_K for ranks_K in ranks_MK if len(set(ranks_K.tolist())) > 1]
-        taus: list[Any] = [kendalltau(a, b)[0] for a, b in combinations(untied, 2)]
-        if taus:
-            means.append(math.fsum(taus) / len(taus))
-    if not means:
-        return Figure(None, note=ALL_TIED)
-    return Figure(math.fsum(means) / len(means), n=len(means))
+    untied = [ranks_K for ranks_K in ranks_MK if len(set(ranks_K.tolist())) > 1]
+    taus: list[Any] = [kendalltau(a, b)[0] for a, b in combinations(untied, 2)]
+    return math.fsum(taus) / len(taus) if taus else math.nan
 
 
-def mean_kendall_w(rankings: Sequence[np.ndarray]) -> Figure:
-    """Kendall's coefficient of concordance, corrected for ties, averaged over items; 1 is agreement, 0 none.
+def item_kendall_w(ranks_MK: np.ndarray) -> float:
+    """Kendall's coefficient of concordance, corrected for ties; 1 is agreement, 0 none, NaN: all rank all alike.
 
         W = 12 S / (M^2 (K^3 - K) - M sum_m T_m),    T_m = sum over ties of t responses (t^3 - t)
 
@@ -141,20 +129,19 @@ def mean_kendall_w(rankings: Sequence[np.ndarray]) -> Figure:
     """
     from scipy.stats import rankdata
 
-    judged = [ranks_MK for ranks_MK in rankings if len(ranks_MK) > 1]
-    if not judged:
-        return Figure(None, note=ONE_ANNOTATOR if rankings else NOTHING)
-    values = []
-    for ranks_MK in judged:
-        M, K = ranks_MK.shape
-        sums_K = rankdata(ranks_MK, axis=1).sum(0)
-        ties = sum(int(t**3 - t) for ranks_K in ranks_MK for t in np.unique(ranks_K, return_counts=True)[1])
-        widest = M**2 * (K**3 - K) - M * ties
-        if widest:
-            values.append(float(12 * ((sums_K - sums_K.mean()) ** 2).sum() / widest))
-    if not values:
+    M, K = ranks_MK.shape
+    sums_K = rankdata(ranks_MK, axis=1).sum(0)
+    ties = sum(int(t**3 - t) for ranks_K in ranks_MK for t in np.unique(ranks_K, return_counts=True)[1])
+    widest = M**2 * (K**3 - K) - M * ties
+    return float(12 * ((sums_K - sums_K.mean()) ** 2).sum() / widest) if widest else math.nan
+
+
+def mean_of_items(values_I: np.ndarray) -> Figure:
+    """The mean over the items that have a value."""
+    known_I = values_I[~np.isnan(values_I)]
+    if not len(known_I):
         return Figure(None, note=ALL_TIED)
-    return Figure(math.fsum(values) / len(values), n=len(values))
+    return Figure(float(known_I.mean()), n=len(known_I))
 
 
 def share(successes: int, n: int, nothing: str) -> Figure:

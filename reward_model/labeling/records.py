@@ -67,8 +67,9 @@ class Answer:
     """What was clicked, in the shown orientation.
 
     `compare`: `value` -3 .. 3, negative where the left one is better, 0 a tie. `rank`: `ranks[place]`, 1 the best,
-    ties allowed. Neither with `both_bad` (all responses are bad), `skip` (not for me), `flag` (something is wrong
-    with the item) and `undo` (the judgment that this one supersedes is withdrawn).
+    ties allowed; of a pair, it names the better one without a strength. Neither with `both_bad` (all responses are
+    bad), `skip` (not for me), `flag` (something is wrong with the item) and `undo` (the judgment that this one
+    supersedes is withdrawn).
     """
 
     choice: Choice

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -28,12 +29,14 @@ from reward_model.labeling.coefficients import (
     bootstrap,
     cohen_kappa,
     fleiss_kappa,
-    mean_kendall_w,
-    mean_tau,
+    item_kendall_w,
+    item_tau,
+    mean_of_items,
     raw_agreement,
     share,
 )
 from reward_model.labeling.crowd import crowd_models
+from reward_model.labeling.design import gold_is_right
 from reward_model.labeling.records import STRONGEST, Item, Judgment
 
 LABELS = {"person": "people", "judge": "a judge model", "simulated": "SIMULATED annotators"}
@@ -172,16 +175,22 @@ def _pair_figures(judgments: Sequence[Judgment], seed: int, resamples: int) -> d
 
 def _ranking_figures(judgments: Sequence[Judgment], seed: int, resamples: int) -> dict[str, Any]:
     rankings = [j for j in judgments if j.kind == "ranking"]
-    tables = [np.array([j.ranks for j in own]) for own in by_item(rankings).values()]
-    if len({j.annotator for j in rankings}) > 1 and all(len(ranks_MK) < 2 for ranks_MK in tables):
-        return {name: Figure(None, note=NO_OVERLAP).json() for name in ("kendall_tau", "kendall_w")}
-    tables = [ranks_MK for ranks_MK in tables if len(ranks_MK) > 1] or tables
-    return {
-        name: bootstrap(
-            lambda rows, of=of: of([tables[i] for i in rows]), len(tables), resamples=resamples, seed=seed
-        ).json()
-        for name, of in (("kendall_tau", mean_tau), ("kendall_w", mean_kendall_w))
-    }
+    tables = [np.array([j.ranks for j in own]) for own in by_item(rankings).values() if len(own) > 1]
+    figures = {}
+    for name, of in (("kendall_tau", item_tau), ("kendall_w", item_kendall_w)):
+        values_I = np.array([of(ranks_MK) for ranks_MK in tables])
+        if len(values_I):
+            statistic = partial(_mean_of_rows, values_I)
+            mean = bootstrap(statistic, len(values_I), resamples=resamples, seed=seed)
+        else:
+            annotators = len({j.annotator for j in rankings})
+            mean = Figure(None, note=(NOTHING, ONE_ANNOTATOR, NO_OVERLAP)[min(annotators, 2)])
+        figures[name] = mean.json()
+    return figures
+
+
+def _mean_of_rows(values_I: np.ndarray, rows: np.ndarray) -> Figure:
+    return mean_of_items(values_I[rows])
 
 
 def _annotator_pairs(first: Sequence[Judgment], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -252,7 +261,7 @@ def annotator_records(
 def _record(items: Mapping[str, Item], own: Sequence[Judgment], words: Mapping[str, int]) -> dict[str, Any]:
     """`left_rate`: of the untied comparisons, with the p-value of 1/2 (binomial test); sides are counterbalanced."""
     deciding = [j for j in own if j.decides]
-    gold = [j for j in deciding if items[j.item_key].gold_ranks is not None]
+    gold = [(j.ranks, known) for j in deciding if (known := items[j.item_key].gold_ranks)]
     lefts = [j.answer.value < 0 for j in deciding if j.answer.choice == "compare" and j.answer.value]
     left = share(sum(lefts), len(lefts), "no untied comparison")
     repeats = _repeats(deciding)
@@ -262,7 +271,9 @@ def _record(items: Mapping[str, Item], own: Sequence[Judgment], words: Mapping[s
         "labeler": own[0].labeler,
         "judgments": len(own),
         "deciding": len(deciding),
-        "gold_accuracy": share(sum(_is_right(j, items) for j in gold), len(gold), "no gold question").json(),
+        "gold_accuracy": share(
+            sum(gold_is_right(ranks or [], known) for ranks, known in gold), len(gold), "none asked"
+        ).json(),
         "left_rate": left.json() | {"p_value": _p_value(sum(lefts), len(lefts))},
         "self_consistency": share(sum(repeats), len(repeats), "no swapped repeat").json(),
         "tie_share": share(sum(map(_is_tie, deciding)), len(own), "no judgments").json(),
@@ -280,16 +291,6 @@ def _p_value(successes: int, n: int) -> float | None:
     from scipy.stats import binomtest
 
     return float(binomtest(successes, n).pvalue) if n else None
-
-
-def _is_right(judgment: Judgment, items: Mapping[str, Item]) -> bool:
-    """Whether every two responses that the gold ranks tell apart are ranked in their order."""
-    gold, ranks = items[judgment.item_key].gold_ranks or [], judgment.ranks or []
-    return all(
-        (ranks[i] < ranks[j]) if gold[i] < gold[j] else (ranks[i] > ranks[j])
-        for i, j in combinations(range(len(gold)), 2)
-        if gold[i] != gold[j]
-    )
 
 
 def _repeats(deciding: Sequence[Judgment]) -> list[bool]:

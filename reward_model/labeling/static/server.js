@@ -2,7 +2,7 @@
 
 const TIMEOUT_MS = 20_000;
 const csrf = document.querySelector("meta[name=csrf-token]")?.content ?? "";
-const pendingKey = `labeling.pending.${document.getElementById("app").dataset.user}`;
+const owned = `labeling.${document.getElementById("app").dataset.user}.`;
 
 /** The parsed answer; throws {status, text}, status 0 where there was no answer at all. */
 export async function ask(method, path, body) {
@@ -61,19 +61,19 @@ export async function persist(method, path, body, say, kept = "") {
   }
 }
 
-/** The judgment that has no answer yet, kept where a closed tab does not lose it. */
+/** Values that a closed tab does not lose, of this user in this browser. */
 export const storage = {
-  keep(pending) {
+  write(name, value) {
     try {
-      if (pending) localStorage.setItem(pendingKey, JSON.stringify(pending));
-      else localStorage.removeItem(pendingKey);
+      if (value === null) localStorage.removeItem(owned + name);
+      else localStorage.setItem(owned + name, JSON.stringify(value));
     } catch {
-      // A browser may refuse to store anything; the answer is still in memory.
+      // A browser may refuse to store anything; a judgment that is being sent is still in memory.
     }
   },
-  kept() {
+  read(name) {
     try {
-      return JSON.parse(localStorage.getItem(pendingKey));
+      return JSON.parse(localStorage.getItem(owned + name));
     } catch {
       return null;
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -13,22 +14,27 @@ from typing import Any
 
 import hostile_texts
 import pytest
+import uvicorn
 
-sync_api = pytest.importorskip("playwright.sync_api")
-uvicorn = pytest.importorskip("uvicorn")
-
-from reward_model.labeling import accounts, app, serve
+from reward_model import train
+from reward_model.labeling import accounts, app, export, serve
 from reward_model.labeling.records import Candidate, Item, Judgment
 from reward_model.labeling.schema import SessionRow
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
+from rlhf.runs import RunOptions
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 GUARD_MS = 270
 """A little longer than a new item takes no answer."""
 
-expect = sync_api.expect
+
+def expect(locator: Any) -> Any:
+    """Playwright's assertions, which wait for what is asserted."""
+    from playwright.sync_api import expect
+
+    return expect(locator)
 
 
 @dataclass
@@ -37,6 +43,7 @@ class Site:
 
     store: LabelStore
     url: str
+    cfg: LabelingStage
 
     def judgments(self, *, effective: bool = True) -> list[Judgment]:
         return self.store.judgments(effective=effective)
@@ -47,6 +54,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -75,7 +83,7 @@ def served(tmp_path: Path) -> Iterator[Callable[..., Site]]:
             store.close()
 
         stops.append(stop)
-        return Site(store, serve.url_of(cfg.serve, listener.getsockname()[1]))
+        return Site(store, serve.url_of(cfg.serve, listener.getsockname()[1]), cfg)
 
     yield start
     for stop in stops:
@@ -96,6 +104,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.add_init_script(script)
+        page.clock.install()  # time runs as ever, but can be moved on
         page.goto(url)
         if app_of(page).count():
             expect(app_of(page)).not_to_have_attribute("data-state", "loading")
@@ -125,11 +134,11 @@ def app_of(page: Any) -> Any:
 
 @contextmanager
 def another_item(page: Any) -> Iterator[None]:
-    """Waits until the guard of a new item is over; then, after the body, until another item or a notice is shown."""
-    page.wait_for_timeout(GUARD_MS)
+    """Lets the guard of a new item run out; then, after the body, waits for another item or a notice."""
+    page.clock.fast_forward(GUARD_MS)
     before = app_of(page).get_attribute("data-assignment")
     yield
-    expect(app_of(page)).not_to_have_attribute("data-assignment", before)
+    page.wait_for_selector("#app[data-assignment]" if before is None else f'#app:not([data-assignment="{before}"])')
 
 
 def press(page: Any, *keys: str) -> None:
@@ -259,7 +268,7 @@ def test_ranking_by_keyboard(served: Any, opened: Any) -> None:
 def test_ranking_by_pointer_and_undo(served: Any, opened: Any) -> None:
     site = served([ranking("Which?")])
     page = opened(site.url, viewport={"width": 390, "height": 844}, has_touch=True)
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     for place in (1, 0, 3, 2):
         page.locator(".response .place").nth(place).tap()
     expect(page.locator("#order .place")).to_have_text(["2", "1", "4", "3"])
@@ -352,11 +361,12 @@ def test_who_was_logged_out_loses_nothing(served: Any, opened: Any) -> None:
 def test_a_lost_connection_loses_nothing(served: Any, opened: Any) -> None:
     site = served(pairs(3))
     page = opened(site.url)
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     page.context.set_offline(True)
     page.keyboard.press("1")
     expect(page.locator("#status")).to_contain_text("No connection to the server. Your answer is kept.")
     page.keyboard.press("7")  # the item is judged already
+    expect(page.locator(".chosen")).to_have_count(1)
     page.context.set_offline(False)
     expect(page.locator("#status")).to_have_text("Next item.")
     assert [judgment.answer.value for judgment in site.judgments()] == [-3]
@@ -386,7 +396,7 @@ def test_a_tab_that_is_closed_without_connection_sends_later(served: Any, opened
     site = served(pairs(3))
     page = opened(site.url)
     page.route("**/api/judgments", lambda route: route.abort())
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     page.keyboard.press("6")
     expect(page.locator("#status")).to_contain_text("Your answer is kept.")
     context = page.context
@@ -418,16 +428,16 @@ def test_an_undo_whose_answer_was_lost_is_not_repeated(served: Any, opened: Any)
 def test_a_double_press_or_a_held_key_judges_one_item(served: Any, opened: Any) -> None:
     site = served(pairs(4))
     page = opened(site.url)
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     before = app_of(page).get_attribute("data-assignment")
     page.keyboard.press("1")
     page.keyboard.press("1")
     expect(app_of(page)).not_to_have_attribute("data-assignment", before)
     page.keyboard.press("1")  # at once after the next item came
-    page.wait_for_timeout(GUARD_MS)
+    page.clock.fast_forward(GUARD_MS)
     for _ in range(3):
         page.keyboard.down("2")  # all but the first are repetitions of a held key
-        page.wait_for_timeout(GUARD_MS)
+        page.clock.fast_forward(GUARD_MS)
     page.keyboard.up("2")
     assert [judgment.answer.value for judgment in site.judgments()] == [-3, -2]
 
@@ -435,10 +445,7 @@ def test_a_double_press_or_a_held_key_judges_one_item(served: Any, opened: Any) 
 def test_time_counts_while_somebody_is_there(served: Any, opened: Any) -> None:
     """An hour without input is half a minute of work; a minute with input in between is a minute."""
     site = served(pairs(2))
-    page = opened("about:blank")
-    page.clock.install()
-    page.goto(site.url)
-    state(page, "pair")
+    page = opened(site.url)
     page.clock.fast_forward(3_600_000)
     press(page, "1")
     for _ in range(3):
@@ -448,6 +455,38 @@ def test_time_counts_while_somebody_is_there(served: Any, opened: Any) -> None:
     first, second = [judgment.answer.ms_active for judgment in site.judgments()]
     assert 30_000 <= first < 36_000
     assert 60_000 <= second < 66_000
+
+
+def test_the_lease_is_renewed_while_somebody_works(served: Any, opened: Any) -> None:
+    site = served(pairs(2), lease_minutes=20)
+    page = opened(site.url)
+    renewals: list[int] = []
+    page.on("response", lambda response: renewals.append(response.status) if "renew" in response.url else None)
+    page.clock.fast_forward(10 * 60_000)  # nobody is there
+    page.clock.fast_forward(10_000)
+    assert not renewals
+    with page.expect_response("**/api/renew"):
+        page.keyboard.press("ArrowDown")
+        page.clock.fast_forward(10_000)
+    page.keyboard.press("ArrowDown")
+    page.clock.fast_forward(10_000)  # the lease has just begun anew
+    press(page, "3")
+    assert renewals == [200]
+
+
+def test_instructions_come_by_themselves_once(served: Any, opened: Any) -> None:
+    site = served(pairs(2), instructions="Prefer the **true** one.")
+    page = opened(site.url)
+    expect(page.locator("#instructions strong")).to_have_text("true")
+    page.keyboard.press("1")  # closed first: this judges nothing
+    page.keyboard.press("Escape")
+    press(page, "2")
+    page.reload()
+    state(page, "pair")
+    expect(page.locator("#instructions")).to_be_hidden()
+    page.keyboard.press("i")
+    expect(page.locator("#instructions")).to_be_visible()
+    assert [judgment.answer.value for judgment in site.judgments()] == [-2]
 
 
 # --- views ----------------------------------------------------------------------------------------------------
@@ -529,21 +568,21 @@ WATCH = """
 window.owned = () => { window.taken = true; };
 window.alert = window.confirm = window.prompt = window.owned;
 """
-FORBIDDEN = """() => {
-  const texts = [...document.querySelectorAll('#turns, #responses, #last, #flagged')];
-  const found = [];
-  for (const element of texts.flatMap((text) => [...text.querySelectorAll('*')])) {
-    const tag = element.tagName.toLowerCase();
-    const own = element.closest('.text, .flagged-text, bdi');
-    if (/^(script|style|link|meta|base|iframe|object|embed|img|svg|math|video|audio|template|slot)$/.test(tag)) found.push(tag);
-    if (own && own !== element && /^(form|input|button|textarea|select|details|dialog)$/.test(tag)) found.push(tag);
-    for (const { name, value } of element.attributes) {
-      if (/^(on|style$|srcdoc$|src$|srcset$|action$|formaction$|background$|xlink)/.test(name) && !element.closest('form')) found.push(name);
-      if (name === 'href' && own && !/^(https?:|mailto:)/.test(element.protocol + '')) found.push(value);
-      if (own && own !== element && /^(id|name|class)$/.test(name)) found.push(`${name}=${value}`);
+FORBIDDEN = r"""() => {
+  const loading = /^(script|style|link|meta|base|iframe|object|embed|img|svg|math|video|audio|template|slot)$/;
+  const control = /^(form|input|button|textarea|select|details|dialog)$/;
+  const acting = /^(on.*|style|src|srcset|srcdoc|action|formaction|background|xlink.*)$/;
+  const found = window.taken ? ['executed'] : [];
+  for (const box of document.querySelectorAll('.text, .flagged-text, bdi, #flagged .note')) {
+    for (const element of box.querySelectorAll('*')) {
+      const tag = element.tagName.toLowerCase();
+      if (loading.test(tag) || control.test(tag)) found.push(tag);
+      for (const { name, value } of element.attributes) {
+        if (acting.test(name) || /^(id|name|class)$/.test(name)) found.push(`${tag} ${name}`);
+        if (name === 'href' && !/^(https?:|mailto:)$/.test(element.protocol)) found.push(value);
+      }
     }
   }
-  if (window.taken) found.push('executed');
   return found;
 }"""
 
@@ -601,7 +640,7 @@ def test_the_page_reports_no_breach_of_its_own_csp(served: Any, opened: Any) -> 
     )
     for path in ("/", "/admin"):
         page.goto(site.url + path)
-        page.wait_for_timeout(GUARD_MS)
+        page.clock.fast_forward(GUARD_MS)
         assert page.evaluate("breaches") == []
     page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'owned()'}))")
     assert page.evaluate("breaches") == ["inline"]
@@ -628,3 +667,28 @@ def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == 1280
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+# --- into training --------------------------------------------------------------------------------------------
+
+
+def test_what_was_clicked_trains_a_reward_model(served: Any, opened: Any, stage_config: Any) -> None:
+    """From the keys to a reward model that ranks held-out prompts as the annotator did."""
+    good, poor = "the sun is hot", "rain and rain and rain"
+    topics = "star light moon sea sky blue red water cloud wind tree leaf bird fish"
+    answers = [Candidate(good), Candidate(poor)]
+    items = [Item(f"explain {word}", answers[:: 1 if i % 2 else -1]) for i, word in enumerate(topics.split())]
+    site = served([*items, *pairs(1)], export={"heldout_fraction": 0.2})
+    page = opened(site.url)
+    for _ in items:
+        press(page, "2" if texts(page)[0] == good else "7")
+    press(page, "s")
+    files = export.main(site.cfg).outputs
+    written = [Path(files[f"preferences_{split}"]).read_text() for split in ("train", "heldout")]
+    lines = [json.loads(line) for line in "".join(written).splitlines()]
+    assert {(line["chosen"], line["rejected"]) for line in lines} == {(good, poor)}
+    assert sorted(line["prompt"] for line in lines) == sorted(str(item.prompt) for item in items)
+    cfg = stage_config(
+        "reward", dataset={"path": files["pairs_train"]}, heldout_fraction=0.25, optim={"lr": 3e-3}, epochs=4
+    )
+    assert train.main(cfg, RunOptions()).summary["accuracy"] == 1.0

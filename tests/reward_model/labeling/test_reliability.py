@@ -166,34 +166,47 @@ def test_kendalls_w_is_the_mean_rank_correlation(seed: int) -> None:
     rng = np.random.default_rng(seed)
     ranks_MK = np.array([rng.permutation(5) + 1 for _ in range(4)])
     rhos: list[Any] = [spearmanr(a, b)[0] for a, b in combinations(ranks_MK, 2)]
-    rho = np.mean(rhos)
-    figure = c.mean_kendall_w([ranks_MK])
-    assert figure.value == pytest.approx((3 * rho + 1) / 4, abs=1e-12)
+    assert c.item_kendall_w(ranks_MK) == pytest.approx((3 * np.mean(rhos) + 1) / 4, abs=1e-12)
 
 
 def test_rankings_with_ties() -> None:
     same_MK = np.array([[1, 1, 2, 3]] * 3)
-    assert c.mean_kendall_w([same_MK]).value == pytest.approx(1)
-    assert c.mean_tau([same_MK]).value == pytest.approx(1)
+    assert c.item_kendall_w(same_MK) == pytest.approx(1)
+    assert c.item_tau(same_MK) == pytest.approx(1)
     # By hand: of three pairs one is in order in both, one reversed, one tied by the first. tau-b = 0 / sqrt(2 * 3).
-    assert c.mean_tau([np.array([[1, 2, 2], [2, 1, 3]])]).value == pytest.approx(0, abs=1e-12)
-    all_tied = c.mean_tau([np.array([[1, 1, 1], [1, 2, 3]])])
-    assert (all_tied.value, all_tied.note) == (None, c.ALL_TIED)
-    assert c.mean_kendall_w([np.ones((2, 3), dtype=int)]).note == c.ALL_TIED
-    assert c.mean_tau([np.array([[1, 2, 3]])]).note == c.ONE_ANNOTATOR
-    assert c.mean_tau([]).note == c.mean_kendall_w([]).note == c.NOTHING
+    assert c.item_tau(np.array([[1, 2, 2], [2, 1, 3]])) == pytest.approx(0, abs=1e-12)
+    assert math.isnan(c.item_tau(np.array([[1, 1, 1], [1, 2, 3]])))
+    assert math.isnan(c.item_kendall_w(np.ones((2, 3), dtype=int)))
+    assert c.mean_of_items(np.array([np.nan, 0.5, 1.0])) == c.Figure(0.75, n=2)
+    assert c.mean_of_items(np.array([np.nan])).note == c.ALL_TIED
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mean_tau_counts_concordant_pairs(seed: int) -> None:
+def test_tau_counts_concordant_pairs(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    tables = [np.array([rng.permutation(4) + 1 for _ in range(3)]) for _ in range(5)]
-    taus = []
-    for ranks_MK in tables:
-        signs = [[np.sign(a[j] - a[i]) * np.sign(b[j] - b[i]) for i, j in combinations(range(4), 2)]
-                 for a, b in combinations(ranks_MK, 2)]  # fmt: skip
-        taus.append(np.mean(signs))
-    assert c.mean_tau(tables).value == pytest.approx(np.mean(taus), abs=1e-12)
+    ranks_MK = np.array([rng.permutation(4) + 1 for _ in range(3)])
+    signs = [
+        np.sign(a[j] - a[i]) * np.sign(b[j] - b[i])
+        for a, b in combinations(ranks_MK, 2)
+        for i, j in combinations(range(4), 2)
+    ]
+    assert c.item_tau(ranks_MK) == pytest.approx(np.mean(signs), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("names", "note"), [([], c.NOTHING), (["aa"], c.ONE_ANNOTATOR), (["ab"], c.NO_OVERLAP), (["ab", "ab"], "")]
+)
+def test_rankings_in_the_report(names: list[str], note: str) -> None:
+    """Each string names who judged item 0, 1, ...; the last case has both annotators at both items."""
+    items = [Item(f"q{i}", [Candidate(text) for text in "abc"], kind="ranking") for i in range(2)]
+    judged = [
+        judgment(items[(i + turn) % 2], name, Answer("rank", ranks=[1, 2, 3]))
+        for turn, who in enumerate(names)
+        for i, name in enumerate(who)
+    ]
+    figure = agreement_report(items, judged, seed=0, resamples=5)["rankings"]["kendall_tau"]
+    assert figure["note"] == note
+    assert figure["value"] == (None if note else 1.0)
 
 
 # --- intervals ------------------------------------------------------------------------------------------------

@@ -1,0 +1,174 @@
+"""`rlhf label import CONFIG FILE`: the pairs or rankings of a file into the queue, with their labels if wanted.
+
+The same prompt with the same responses, in whatever order, is one item: several rows about it are several answers.
+Importing a file twice adds nothing the second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reward_model.labeling.imports import PARSERS, Imported
+from reward_model.labeling.other_tools import READERS
+from reward_model.labeling.records import Answer, Item, canonical_ranks
+from reward_model.labeling.store import LabelStore
+from rlhf.config import did_you_mean
+from rlhf.config_labeling import LabelingStage
+from rlhf.config_schema import DatasetConfig
+from rlhf.data.formats import FieldError, Fields, detect_format
+from rlhf.data.rows import BadRow, iterate
+from rlhf.errors import ConfigError, DataError
+
+FORMATS = {**PARSERS, **READERS}
+_SHOWN = 5  # bad rows named in a message
+
+
+def main(cfg: LabelingStage, file: str, format: str = "auto", with_labels: bool = False, gold: bool = False) -> None:
+    """Queue the items of `file`, and say what was added.
+
+    Args:
+        format: one of `FORMATS`, or auto.
+        with_labels: store the file's labels, too, under the names of imported annotators.
+        gold: the file's labels are the known answers of gold questions.
+
+    Raises:
+        DataError: rows are malformed; nothing is added.
+        ConfigError: there is no such format, or both `with_labels` and `gold`.
+    """
+    if with_labels and gold:
+        raise ConfigError("--with-labels and --gold exclude each other", fix="import gold questions by themselves")
+    imported = merge(read(file, format))
+    for entry in imported:
+        entry.item.source, entry.item.wanted = file, cfg.judgments_per_item
+        entry.item.batch = entry.item.batch or cfg.queue.batch
+        if gold:
+            entry.item.gold_ranks = gold_ranks(entry)
+    with LabelStore.open(cfg) as store:
+        added = store.add_items(entry.item for entry in imported)
+        what = "gold questions" if gold else "items"
+        print(f"{file}: {added.new} new {what}, {added.known} known")
+        if with_labels:
+            labels = sum(record(store, entry) for entry in imported)
+            names = sorted({said.annotator for entry in imported for said in entry.said})
+            print(f"  {labels} labels by {len(names)} annotators: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
+
+
+def read(file: str, format: str = "auto") -> list[Imported]:
+    """The rows of a file in order, each with its place.
+
+    Raises:
+        DataError: no such file, no rows, or malformed ones: the first of them by file, line and key.
+        ConfigError: there is no such format.
+    """
+    if format not in ("auto", *FORMATS):
+        fix = f"use auto or one of {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}"
+        raise ConfigError(f"--format {format!r} is not known", fix=fix)
+    found: list[Imported] = []
+    bad: list[BadRow] = []
+    for row in iterate(DatasetConfig.model_validate({"path": str(Path(file).expanduser())})):
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        try:
+            format = detect(row.fields) if format == "auto" else format
+            entry = FORMATS[format](row.fields)
+            entry.where = row.where
+            found.append(entry)
+        except FieldError as error:
+            bad.append(BadRow(row.where, f"{error.message}; {error.fix}"))
+    if bad:
+        listed = "\n".join(f"  - {row}" for row in bad[:_SHOWN])
+        more = f"\n  - and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        fix = "correct or remove these rows, or set --format if it was taken wrongly"
+        raise DataError(f"{file}, read as {format}: {len(bad)} rows are malformed\n{listed}{more}", fix=fix)
+    if not found:
+        raise DataError(f"{file} has no rows", fix="give a file with at least one row")
+    return found
+
+
+def detect(fields: Fields) -> str:
+    """The format of a row.
+
+    Raises:
+        FieldError: none of ours.
+    """
+    keys = {key for key, value in fields.items() if value is not None}
+    if "fields" in keys and keys & {"responses", "suggestions"}:
+        return "argilla"
+    if {"data", "annotations"} <= keys or {"data", "predictions"} <= keys or {"annotation_id", "annotator"} <= keys:
+        return "label_studio"
+    if {"info", "summaries"} <= keys:
+        return "tldr"
+    if {"instruction", "completions"} <= keys:
+        return "ultrafeedback"
+    name = detect_format(fields)
+    if name not in FORMATS:
+        fix = f"give one of {', '.join(FORMATS)}; rollout buffers are queued by `rlhf label queue`"
+        raise FieldError(min(keys), f"is of a row of format {name!r}, which holds no comparison", fix=fix)
+    return name
+
+
+def merge(entries: list[Imported]) -> list[Imported]:
+    """One entry per prompt and set of responses; answers are turned to the order of the first row."""
+    merged: dict[str, Imported] = {}
+    for entry in entries:
+        texts = [response.text for response in entry.item.responses]
+        same = Item(entry.item.prompt, sorted(entry.item.responses, key=lambda r: r.text), entry.item.kind).key
+        first = merged.setdefault(same, Imported(entry.item, [], entry.where))
+        order = [texts.index(response.text) for response in first.item.responses]
+        for said in entry.said:
+            said.answer = reordered(said.answer, order)
+            first.said.append(said)
+    return list(merged.values())
+
+
+def reordered(answer: Answer, order: list[int]) -> Answer:
+    """An answer by response as one to the same responses in another order: place i holds what was `order[i]`."""
+    changed: dict[str, Any] = {}
+    if answer.ranks is not None:
+        changed["ranks"] = [answer.ranks[i] for i in order]
+    if answer.value is not None and order == [1, 0]:
+        changed["value"] = -answer.value
+    return Answer(**{**vars(answer), **changed})
+
+
+def gold_ranks(entry: Imported) -> list[int]:
+    """The known answer of a gold question.
+
+    Raises:
+        DataError: it has none, several that differ, or one that tells no two responses apart.
+    """
+    order = list(range(len(entry.item.responses)))
+    answers = {tuple(canonical_ranks(said.answer, order)) for said in entry.said if said.answer.choice != "skip"}
+    if len(answers) != 1 or len(set(*answers)) < 2:
+        fix = "give every gold question one label that names a better response"
+        raise DataError(f"{entry.where}: {len(answers)} labels, or a tie, for a gold question", fix=fix)
+    return list(*answers)
+
+
+def record(store: LabelStore, entry: Imported) -> int:
+    """Stores the labels of one item; returns how many. A second row of one annotator is a second presentation."""
+    seen: dict[str, int] = {}
+    order = list(range(len(entry.item.responses)))
+    for said in entry.said:
+        presentation = seen[said.annotator] = seen.get(said.annotator, -1) + 1
+        digest = hashlib.sha256(
+            f"{entry.item.key}/{said.annotator}/{presentation}/{_plain(said.answer)}".encode()
+        ).hexdigest()
+        store.record(
+            said.annotator,
+            said.labeler,
+            entry.item.key,
+            order,
+            said.answer,
+            presentation=presentation,
+            submission_id=f"import-{digest[:32]}",
+        )
+    return len(entry.said)
+
+
+def _plain(answer: Answer) -> Mapping[str, Any]:
+    return dict(sorted(vars(answer).items()))
