@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from reward_model.labeling import accounts, moderation
 from reward_model.labeling.answers import check_answer
 from reward_model.labeling.records import Answer
 from rlhf.errors import LabelError, LeaseError
@@ -29,6 +30,10 @@ def test_other_strengths_are_refused(value: Any) -> None:
     fails("value", Answer("compare", value=value))
 
 
+def test_a_pair_may_be_ranked_where_no_strength_is_known() -> None:
+    check_answer(Answer("rank", ranks=[2, 1]), "pair", 2)
+
+
 @pytest.mark.parametrize("ranks", [[1, 2, 3], [3, 1, 2], [1, 1, 1], [1, 2, 2], [2, 1, 1]])
 def test_a_ranking_takes_dense_ranks(ranks: list[int]) -> None:
     check_answer(Answer("rank", ranks=ranks), "ranking", 3)
@@ -43,7 +48,7 @@ def test_other_ranks_are_refused(ranks: Any) -> None:
 
 
 def test_what_does_not_belong_to_a_choice_is_refused() -> None:
-    fails("choice", Answer("rank", ranks=[1, 2]))
+    fails("ranks", Answer("rank", ranks=[1, 2, 3]))
     fails("choice", Answer("compare", value=1), "ranking", 3)
     fails("choice", Answer("undo"))
     fails("choice", Answer("both"))  # type: ignore[arg-type]
@@ -70,6 +75,10 @@ def test_notes_are_plain_text_of_bounded_length(notes: Any) -> None:
 
 def person(store: Any, name: str = "ann") -> int:
     return store.ensure_user(name, role="annotator")
+
+
+def admin(store: Any) -> int:
+    return store.ensure_user("admin", role="admin")
 
 
 def test_every_field_is_stored_as_clicked(project: Any, make_items: Any) -> None:
@@ -249,7 +258,7 @@ def test_undo_of_a_flag_does_not_undo_an_admins_decision(project: Any, make_item
     store.add_items(make_items(1))
     user = person(store)
     task, _ = project.judge(store, user, Answer("flag"))
-    store.retire_item(task.item_id)
+    moderation.retire(store, admin(store), task.item_id)
     with pytest.raises(LeaseError, match="is retired"):
         store.undo(user)
     assert list(store.item_states().values()) == ["retired"]
@@ -346,7 +355,7 @@ def test_an_undone_gold_answer_does_not_count(project: Any, gold_project: Any) -
 def test_an_admin_lets_a_paused_annotator_start_afresh(project: Any, gold_project: Any) -> None:
     a, b = person(gold_project, "a"), person(gold_project, "b")
     assert answer_gold(project, gold_project, a, "wwwww")
-    gold_project.resume_user(a)
+    accounts.unpause(gold_project, admin(gold_project), a)
     project.clock.ms += 5
     assert answer_gold(project, gold_project, a, "wwrr") == ""
     assert answer_gold(project, gold_project, a, "w").startswith("2 of")

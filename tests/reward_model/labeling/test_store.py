@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from reward_model.labeling import moderation
 from reward_model.labeling.records import Answer, Candidate, Item
 from reward_model.labeling.store import Added, Progress
 from rlhf.errors import LabelError
@@ -43,6 +44,10 @@ def test_queueing_again_adds_nothing(project: Any, make_items: Any) -> None:
     assert store.add_items([]) == Added(0, 0)
     assert len(store.items()) == 1202
     assert store.items()[599].wanted == 1
+
+
+def admin(store: Any) -> int:
+    return store.ensure_user("admin", role="admin")
 
 
 @pytest.mark.parametrize(
@@ -114,8 +119,8 @@ def test_a_machine_may_change_its_mind(project: Any, make_items: Any, standing: 
         record(LEFT, "d", (1, 0))
     with pytest.raises(LabelError, match="order"):
         record(LEFT, "d", (0, 0))
-    with pytest.raises(LabelError, match="choice"):
-        record(Answer("rank", ranks=[1, 2]), "d")
+    with pytest.raises(LabelError, match="ranks"):
+        record(Answer("rank", ranks=[1, 2, 3]), "d")
     with pytest.raises(LabelError, match="no item nothing"):
         store.record("j", "judge", "nothing", [0, 1], LEFT, presentation=0, submission_id="d")
     assert len(store.judgments(effective=False)) == 3
@@ -154,8 +159,8 @@ def test_progress_by_hand(project: Any, make_items: Any) -> None:
         from reward_model.labeling.schema import ItemRow
 
         ids = list(session.scalars(select(ItemRow.id).order_by(ItemRow.id)))
-    store.retire_item(ids[2])
-    store.retire_item(ids[0])
+    moderation.retire(store, admin(store), ids[2])
+    moderation.retire(store, admin(store), ids[0])
     assert store.progress() == Progress(judged=3, paused="", wanted=6, done=1, open=4, flagged=0)
 
 
