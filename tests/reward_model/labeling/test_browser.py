@@ -16,13 +16,11 @@ import hostile_texts
 import pytest
 import uvicorn
 
-from reward_model import train
-from reward_model.labeling import accounts, app, export, serve
+from reward_model.labeling import accounts, app, serve
 from reward_model.labeling.records import Candidate, Item, Judgment
 from reward_model.labeling.schema import SessionRow
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
-from rlhf.runs import RunOptions
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -388,6 +386,7 @@ def test_an_answer_whose_receipt_was_lost_is_stored_once(served: Any, opened: An
 
     page.route("**/api/judgments", lose_first)
     press(page, "5")
+    state(page, "pair")
     assert lost == [200]
     assert [judgment.answer.value for judgment in site.judgments(effective=False)] == [1]
 
@@ -628,7 +627,7 @@ def test_hostile_texts_execute_nothing(served: Any, opened: Any) -> None:
     assert next(notes, None) is None
     press(page, "u")  # the last note comes back, into the page's own field
     assert page.evaluate(FORBIDDEN) == []
-    page.goto(f"{site.url}/admin", timeout=30_000)
+    page.goto(f"{site.url}/admin")
     expect(page.locator("#flagged")).to_contain_text("alert(1)")
     assert page.evaluate(FORBIDDEN) == []
 
@@ -662,8 +661,13 @@ def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
     page.keyboard.press("f")
     page.keyboard.type("broken")
     press(page, "Enter")
-    page.get_by_role("link", name="Admin").click(timeout=30_000)
+    page.get_by_role("link", name="Admin").click()
     expect(page.locator("#progress")).to_contain_text("2of 4 judgments")
+    for _ in range(100):  # the figures are computed meanwhile
+        if page.locator("#annotators tbody").count():
+            break
+        page.wait_for_timeout(300)
+        page.reload()
     expect(page.locator("#annotators tbody th")).to_have_text(["ada"])
     expect(page.locator("#flagged")).to_contain_text("broken")
     assert page.evaluate("document.documentElement.scrollWidth") == 1280
@@ -676,6 +680,10 @@ def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
 
 def test_what_was_clicked_trains_a_reward_model(served: Any, opened: Any, stage_config: Any) -> None:
     """From the keys to a reward model that ranks held-out prompts as the annotator did."""
+    from reward_model import train  # brings torch, which nothing else here needs
+    from reward_model.labeling import export
+    from rlhf.runs import RunOptions
+
     good, poor = "the sun is hot", "rain and rain and rain"
     topics = "star light moon sea sky blue red water cloud wind tree leaf bird fish"
     answers = [Candidate(good), Candidate(poor)]
