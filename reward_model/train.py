@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward_model.data import RankedTokens, pad_scores, pairs_of, split_by_prompt, targets, tokenize_rankings
+from reward_model.data import (
+    RankedTokens,
+    pad_scores,
+    pairs_of,
+    refuse_mixed_sources,
+    split_by_prompt,
+    targets,
+    tokenize_rankings,
+)
 from reward_model.ensemble import Ensemble, disagreement, member_weights, start_ensemble
 from reward_model.losses import all_pairs, bradley_terry, centering, plackett_luce
 from reward_model.model import RewardModel, pad_tokens, save_reward_model
@@ -109,6 +117,7 @@ def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[li
     def read(source: DatasetConfig) -> list[RankedTokens]:
         rankings = read_rankings(source)
         progress.say(f"{source.path}: format {rankings.format}, {len(rankings)} rows")
+        refuse_mixed_sources(rankings, source.path)
         tokenized = tokenize_rankings(
             rankings, tokenizer, chat=source.chat, max_length=cfg.max_length, truncation=cfg.truncation
         )

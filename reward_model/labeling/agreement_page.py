@@ -51,6 +51,11 @@ MAX_ANNOTATOR_PAIRS = 60
 SUSPICIOUS = 0.01
 """p-value of a left rate from which on it is pointed out."""
 
+GOLD_EXPECTED = 0.75
+"""A share of right gold answers whose whole interval lies below this is pointed out."""
+
+WITH_INTERVAL = tuple(ANNOTATOR_COLUMNS)[:4]
+
 
 def render(report: Mapping[str, Any], title: str) -> str:
     """The whole page.
@@ -72,6 +77,7 @@ def render(report: Mapping[str, Any], title: str) -> str:
         report=report,
         coefficients=COEFFICIENTS,
         columns=ANNOTATOR_COLUMNS,
+        with_interval=WITH_INTERVAL,
         models=MODELS,
         annotator_pairs=pairs[:MAX_ANNOTATOR_PAIRS],
         pairs_left_out=max(0, len(pairs) - MAX_ANNOTATOR_PAIRS),
@@ -90,7 +96,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
                 f"{name} chooses the left side in {_share(left['value'])} of {left['n']} comparisons "
                 f"(p = {left['p_value']:.1g}); the sides are counterbalanced, so this is a habit."
             )
-        if gold["high"] is not None and gold["high"] < 0.8:
+        if gold["high"] is not None and gold["high"] < GOLD_EXPECTED:
             found.append(f"{name} answers {_share(gold['value'])} of {gold['n']} gold questions right.")
         if fast["low"] is not None and fast["low"] > 0.1:
             found.append(f"{name} answers {_share(fast['value'])} of the items faster than they can be read.")
@@ -102,7 +108,7 @@ def _share(value: float | None) -> str:
 
 
 def _decimal(value: float | None) -> str:
-    return DASH if value is None else f"{value:.2f}"
+    return DASH if value is None else f"{value:.2f}".replace("-0.00", "0.00")
 
 
 def _seconds(ms: float | None) -> str:

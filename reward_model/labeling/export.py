@@ -34,7 +34,7 @@ from rlhf.checkpoint import export_folder
 from rlhf.config_labeling import LabelingStage
 from rlhf.data.records import write_rankings
 from rlhf.errors import DataError
-from rlhf.types import RunResult
+from rlhf.types import Ranking, RunResult
 
 SPLITS = ("train", "heldout")
 README = """What was labeled: {title}
@@ -46,8 +46,8 @@ Labeled by: {labels}. Every line says by whom, under `labels` (in our own format
   judgments.jsonl      all answers, one a line; `effective` is false where a later one took its place
   agreement.json/html  agreement of the annotators
 
-train and heldout share no prompt. Labels derived from ratings are marked `label_source: ratings`; train on those or
-on comparisons, not on both at once.
+train and heldout share no prompt. Labels that were derived from ratings have files of their own (*_from_ratings.*):
+train on those or on comparisons, not on both at once.
 """
 
 
@@ -93,24 +93,31 @@ def write_labels(
         parts[SPLITS[held_out]].append(label)
     written = {}
     for split, part in parts.items():
-        for kind, name in (("ranking", "rankings"), ("pair", "pairs")):
-            rankings = [ranking_of(label) for label in part if label.item.kind == kind]
-            reasons = [unreadable(ranking) for ranking in rankings]
-            left_out.update(f"{name}: {reason}" for reason in reasons if reason)
-            readable = [ranking for ranking, reason in zip(rankings, reasons, strict=True) if not reason]
-            if readable:
-                write_rankings(folder / f"{name}.{split}.jsonl", readable)
-                written[f"{name}.{split}.jsonl"] = len(readable)
-        rows = _preference_rows(part, labeled, left_out, cfg)
-        if rows:
-            write_lines(folder / f"preferences.{split}.jsonl", rows)
-            written[f"preferences.{split}.jsonl"] = len(rows)
+        for source, suffix in (("comparisons", ""), ("ratings", "_from_ratings")):
+            same = [label for label in part if label.source == source]
+            for kind, name in (("ranking", "rankings"), ("pair", "pairs")):
+                rankings = [ranking_of(label) for label in same if label.item.kind == kind]
+                if readable := _readable(rankings, name, left_out):
+                    file = f"{name}{suffix}.{split}.jsonl"
+                    write_rankings(folder / file, readable)
+                    written[file] = len(readable)
+            if rows := _preference_rows(same, labeled, left_out, cfg):
+                file = f"preferences{suffix}.{split}.jsonl"
+                write_lines(folder / file, rows)
+                written[file] = len(rows)
     return written
+
+
+def _readable(rankings: Sequence[Ranking], name: str, left_out: Counter[str]) -> list[Ranking]:
+    reasons = [unreadable(ranking) for ranking in rankings]
+    left_out.update(f"{name}: {reason}" for reason in reasons if reason)
+    return [ranking for ranking, reason in zip(rankings, reasons, strict=True) if not reason]
 
 
 def _preference_rows(
     part: Sequence[Labeled], labeled: Sequence[Labeled], left_out: Counter[str], cfg: LabelingStage
 ) -> list[dict[str, Any]]:
+    """The pairs of `part` as TRL reads them; turns or text, and whether there are margins, is one thing for all."""
     pairs = [label for label in labeled if label.item.kind == "pair"]
     conversational = is_conversational(pairs, cfg.export)
     margins = any(label.margin is not None for label in pairs)
