@@ -285,7 +285,7 @@ def test_ranking_by_pointer_and_undo(served: Any, opened: Any) -> None:
 
 
 def test_two_annotators_at_once(served: Any, opened: Any) -> None:
-    """One judgment per item: the two share the items, and nobody gets one that the other has or had."""
+    """Of items with one judgment each, nobody gets one that the other has or had."""
     site = served(pairs(6), serve={"accounts": True})
     pages = []
     for name in ("ann", "bob"):
@@ -303,6 +303,16 @@ def test_two_annotators_at_once(served: Any, opened: Any) -> None:
     for page in pages:
         state(page, "empty")
     assert sorted(judgment.annotator for judgment in site.judgments()) == ["ann"] * 3 + ["bob"] * 3
+    # Two judgments are wanted of a new item: both get it, without a reload, and with the sides the other way round.
+    site.store.add_items([Item("For both", [Candidate("x"), Candidate("y")], wanted=2)])
+    for page in pages:
+        page.clock.fast_forward(16_000)
+        state(page, "pair")
+    assert sorted(texts(page)[0] for page in pages) == ["x", "y"]
+    for page in pages:
+        press(page, "1")
+        state(page, "empty")
+    assert [judgment.annotator for judgment in site.judgments()[6:]] == ["ann", "bob"]
 
 
 def test_wrong_answers_to_gold_questions_pause(served: Any, opened: Any) -> None:
