@@ -179,8 +179,17 @@ def test_malformed_rows_are_named_by_file_line_and_key(
         node = node[part]
     node[path[-1]] = value
     file = write(tmp_path / "rows.jsonl", ROWS[name], bad)
-    with pytest.raises(DataError, match=rf"read as {name}: 1 rows are malformed\n  - .*rows.jsonl:2: key '{key}'"):
+    with pytest.raises(DataError, match=rf"read as {name}: 1 of 2 rows are malformed\n  - .*rows.jsonl:2: key '{key}'"):
         read(file)
+
+
+def test_tolerated_rows_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = write(tmp_path / "rows.jsonl", TLDR, TLDR | {"choice": 5}, TLDR | {"worker": "w8"})
+    assert len(read(file, max_bad_fraction=0.34)) == 2
+    assert "1 of 3 rows are malformed and left out" in (out := capsys.readouterr().out)
+    assert "rows.jsonl:2: key 'choice' is 5" in out
+    with pytest.raises(DataError, match="1 of 3 rows are malformed"):
+        read(file, max_bad_fraction=0.3)
 
 
 def test_what_holds_no_comparison_is_refused(tmp_path: Path) -> None:
@@ -302,8 +311,7 @@ def _stored_and_labeled(folder: Path, entries: list[Any]) -> Any:
     cfg = stage(folder)
     with LabelStore.open(cfg) as store:
         store.add_items(entry.item for entry in entries)
-        for entry in entries:
-            importing.record(store, entry)
+        importing.record(store, entries)
         return label_items(store.items(), store.item_states(), store.judgments(), cfg.export)
 
 
