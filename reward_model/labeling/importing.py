@@ -15,7 +15,7 @@ from typing import Any
 from reward_model.labeling.history import Shown, record_answer
 from reward_model.labeling.imports import PARSERS, Imported
 from reward_model.labeling.other_tools import READERS
-from reward_model.labeling.records import Answer, Item, canonical_ranks
+from reward_model.labeling.records import Answer, canonical_ranks, neutral_order
 from reward_model.labeling.store import LabelStore
 from rlhf.config import did_you_mean
 from rlhf.config_labeling import LabelingStage
@@ -129,13 +129,13 @@ def detect(fields: Fields) -> str:
 
 
 def merge(entries: list[Imported]) -> list[Imported]:
-    """One entry per prompt and set of responses; answers are turned to the order of the first row."""
+    """One entry per prompt and set of responses, in the order of the first rows; responses in neutral order."""
     merged: dict[str, Imported] = {}
     for entry in entries:
-        texts = [response.text for response in entry.item.responses]
-        same = Item(entry.item.prompt, sorted(entry.item.responses, key=lambda r: r.text), entry.item.kind).key
-        first = merged.setdefault(same, Imported(entry.item, [], entry.where))
-        order = [texts.index(response.text) for response in first.item.responses]
+        item = entry.item
+        order = neutral_order(item.responses)
+        item.responses = [item.responses[i] for i in order]
+        first = merged.setdefault(item.key, Imported(item, [], entry.where))
         for said in entry.said:
             said.answer = reordered(said.answer, order)
             first.said.append(said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -235,12 +236,30 @@ def test_whatever_stands_at_a_key_a_row_is_read_or_named(data: st.DataObject) ->
 # --- merging, labels, gold ------------------------------------------------------------------------------------
 
 
+def best_of(entry: Any) -> list[tuple[str, set[str]]]:
+    """Who said which texts to be the best."""
+    texts = [response.text for response in entry.item.responses]
+    return [
+        (said.annotator, {t for t, rank in zip(texts, said.answer.ranks or [], strict=True) if rank == 1})
+        for said in entry.said
+    ]
+
+
 def test_rows_about_the_same_responses_are_one_item_whatever_their_order() -> None:
     other = copy.deepcopy(TLDR) | {"summaries": TLDR["summaries"][::-1], "worker": "w8"}  # picks what stood first
-    (entry,) = merge([one(TLDR), one(other)])
-    assert heard(entry) == [("w7", "person", "rank", [2, 1]), ("w8", "person", "rank", [1, 2])]
+    for rows in ((TLDR, other), (other, TLDR)):
+        (entry,) = merge([one(row) for row in rows])
+        assert sorted(best_of(entry)) == [("w7", {"Found keys."}), ("w8", {"Lost keys."})]
     assert reordered(Answer("compare", 2), [1, 0]).value == -2
     assert reordered(Answer("rank", ranks=[1, 2, 3]), [2, 0, 1]).ranks == [3, 1, 2]
+
+
+def test_chosen_ones_are_not_always_the_first_response() -> None:
+    rows = [{"prompt": str(i), "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(400)]
+    entries = merge([one(row) for row in rows])
+    assert [best_of(entry)[0][1] for entry in entries] == [{f"good {i}"} for i in range(400)]
+    first = sum(entry.item.responses[0].text.startswith("good") for entry in entries)
+    assert abs(first - 200) < 4 * math.sqrt(100)
 
 
 def stage(folder: Path, **export_keys: Any) -> LabelingStage:
@@ -257,10 +276,10 @@ def test_items_come_with_or_without_their_labels_and_once(tmp_path: Path, capsys
     for _ in range(2):
         importing.main(cfg, file, with_labels=True)
         with LabelStore.open(cfg) as store:
-            assert [(j.annotator, j.labeler, j.ranks) for j in store.judgments(effective=False)] == [
-                ("w7", "person", [2, 1]),
-                ("w8", "person", [1, 2]),
-            ]
+            (item,), judgments = store.items(), store.judgments(effective=False)
+            best = [item.responses[(j.ranks or []).index(1)].text for j in judgments]
+            assert [j.annotator for j in judgments] == ["w7", "w8"]
+            assert best == ["Found keys.", "Lost keys."]
     out = capsys.readouterr().out
     assert "1 new items, 0 known" in out
     assert "2 labels by 2 annotators: w7, w8" in out
@@ -271,7 +290,12 @@ def test_gold_questions_take_the_files_labels_as_known_answers(tmp_path: Path) -
     file = write(tmp_path / "gold.jsonl", ROWS["ranking"])
     importing.main(cfg, file, gold=True)
     with LabelStore.open(cfg) as store:
-        assert [item.gold_ranks for item in store.items()] == [[2, 1, 1]]
+        (item,) = store.items()
+        assert {r.text: rank for r, rank in zip(item.responses, item.gold_ranks or [], strict=True)} == {
+            "a": 2,
+            "b": 1,
+            "c": 1,
+        }
     with pytest.raises(ConfigError, match="exclude each other"):
         importing.main(cfg, file, gold=True, with_labels=True)
     tied = {**ROWS["ranking"], "ranks": [1, 1, 1]}
