@@ -7,27 +7,14 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from rlhf import config
-
-STAGE = "run"
-"""The command that stands for no command: `rlhf label CONFIG`."""
+from rlhf.cli_groups import StageOrTool
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="a labeling project's YAML file, or the name of a shipped one")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="override single keys")]
-
-
-class StageOrTool(TyperGroup):
-    """A first word that is no command is the stage's CONFIG."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As the base class, with the stage's command put in front of anything else."""
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = [STAGE, *args]
-        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(

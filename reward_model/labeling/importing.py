@@ -20,7 +20,8 @@ from reward_model.labeling.store import LabelStore
 from rlhf.config import did_you_mean
 from rlhf.config_labeling import LabelingStage
 from rlhf.config_schema import DatasetConfig
-from rlhf.data.formats import FieldError, Fields, detect_format
+from rlhf.data.fields import FieldError, Fields
+from rlhf.data.formats import detect_format
 from rlhf.data.rows import BadRow, iterate
 from rlhf.errors import ConfigError, DataError
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from reward_model.labeling.preferences import LABELERS, RATED
 from reward_model.labeling.records import STRONGEST, Answer, Candidate, Item, Labeler
-from rlhf.data.formats import RANKINGS, FieldError, Fields, scalar_meta
+from rlhf.data.fields import FieldError, Fields
+from rlhf.data.formats import RANKINGS, scalar_meta
 from rlhf.data.records import prompt_id
 from rlhf.types import Prompt, Ranking
 

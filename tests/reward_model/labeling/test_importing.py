@@ -19,7 +19,7 @@ from reward_model.labeling.other_tools import WRITERS
 from reward_model.labeling.records import Answer, Candidate, Item, Judgment, canonical_ranks
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
-from rlhf.data.formats import FieldError
+from rlhf.data.fields import FieldError
 from rlhf.errors import ConfigError, DataError
 
 CHAT: Any = [
