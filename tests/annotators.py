@@ -132,7 +132,7 @@ class _Connection:
 
     async def surely(self, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
         """The answer, from whichever start of the server it comes."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while True:
             try:
                 return await self._ask(method, path, body)

@@ -164,7 +164,11 @@ async def guess(request: Request) -> str:
     return address
 
 
-SiteOf = Annotated[Site, Depends(site_of)]
+async def _site(request: Request) -> Site:
+    return site_of(request)  # async, because a plain function would be sent to a thread and back
+
+
+SiteOf = Annotated[Site, Depends(_site)]
 Form = Annotated[dict[str, str], Depends(form_of)]
 Address = Annotated[str, Depends(guess)]
 Annotator = Annotated[Visitor, Depends(may("annotator", "admin"))]

@@ -23,7 +23,7 @@ from reward_model.labeling.store import LabelStore
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 DAYS, HOURS, SHOWN = 14, 24, 100
-STATES = ("open", "full", "flagged", "retired", "gold")
+STATES = ("open", "done", "flagged", "retired", "gold")
 DECIDING = ("compare", "rank", "both_bad")
 KEPT_SECONDS = 15.0
 
@@ -81,18 +81,25 @@ def effective() -> CTE:
 
 
 def items_by_state(session: Session) -> dict[str, int]:
-    """Items that are open, full, flagged and retired; gold questions are counted apart, as `gold`."""
+    """Items that are open, done, flagged and retired; gold questions are counted apart, as `gold`.
+
+    An item before an annotator is open: its state is `full` as soon as its last place is taken.
+    """
     counts: dict[str, int] = dict.fromkeys(STATES, 0)
-    rows = session.execute(
-        select(ItemRow.state, ItemRow.is_gold, func.count()).group_by(ItemRow.state, ItemRow.is_gold)
-    )
-    for state, is_gold, n in rows:
-        counts["gold" if is_gold else state] += n
+    at_work = select(AssignmentRow.item_id).where(AssignmentRow.state == "leased", AssignmentRow.presentation == 0)
+    columns = (ItemRow.state, ItemRow.is_gold, ItemRow.id.in_(at_work).label("at_work"))
+    for state, is_gold, is_at_work, n in session.execute(select(*columns, func.count()).group_by(*columns)):
+        if is_gold:
+            counts["gold"] += n
+        elif state == "full":
+            counts["open" if is_at_work else "done"] += n
+        else:
+            counts[state] += n
     return counts
 
 
 def judgments_per(session: Session, now_ms: int, period_ms: int, periods: int) -> list[Period]:
-    """Deciding judgments of the last `periods` days or hours, the newest first; empty periods are there too."""
+    """Deciding judgments of the last `periods` days or hours, the newest first, back to the oldest that has any."""
     judged = effective()
     now = now_ms // period_ms
     number = (judged.c.created_ms // period_ms).label("number")
@@ -103,7 +110,8 @@ def judgments_per(session: Session, now_ms: int, period_ms: int, periods: int) -
     )
     counts = {int(n): count for n, count in session.execute(found)}
     form = "%Y-%m-%d" if period_ms == DAY_MS else "%Y-%m-%d %H:00"
-    return [Period(_text(n * period_ms, form), counts.get(n, 0)) for n in range(now, now - periods, -1)]
+    oldest = min(counts, default=now)
+    return [Period(_text(n * period_ms, form), counts.get(n, 0)) for n in range(now, oldest - 1, -1)]
 
 
 def seconds_per_item(session: Session) -> tuple[float, float] | None:

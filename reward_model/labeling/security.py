@@ -15,7 +15,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -206,6 +206,8 @@ class Guard:
         except Refused as refused:
             await self.refuse(request, refused)(scope, receive, send_safely)
             return
+        except ClientDisconnect:
+            return  # who hung up in the middle of a body hears no answer
         await self.app(scope, receive, send_safely)
 
 

@@ -224,7 +224,7 @@ _DUE_REPEAT = (
     .with_for_update(of=AssignmentRow)
 )
 # The most urgent open item that this user has not had; one whose lease they let run out may come back.
-_NEXT = (
+NEXT = (
     select(ItemRow)
     .where(ItemRow.state == "open", ItemRow.is_gold == bindparam("gold"))
     .where(
@@ -240,8 +240,8 @@ _NEXT = (
     .order_by(ItemRow.urgency, ItemRow.id)
     .limit(1)
 )
-_NEXT_UNLOCKED = _NEXT.with_for_update(key_share=True, skip_locked=True)
-_NEXT_WAITING = _NEXT.with_for_update(key_share=True)
+_NEXT_UNLOCKED = NEXT.with_for_update(key_share=True, skip_locked=True)
+_NEXT_WAITING = NEXT.with_for_update(key_share=True)
 _ASSIGNED = (
     select(AssignmentRow, UserRow.labeler)
     .join(UserRow, UserRow.id == AssignmentRow.user_id)

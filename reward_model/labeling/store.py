@@ -106,16 +106,6 @@ class LabelStore:
         with self.read() as session:
             return queueing.item_states(session)
 
-    def reopen_item(self, item_id: int) -> None:
-        """An admin's decision: a flagged or retired item is served again, where places are left."""
-        with self.begin() as session:
-            answers.reopen(serving.locked_item(session, item_id))
-
-    def retire_item(self, item_id: int) -> None:
-        """An admin's decision: the item is never served again."""
-        with self.begin() as session:
-            serving.locked_item(session, item_id).state = "retired"
-
     # --- people -----------------------------------------------------------------------------------------------
 
     def ensure_user(self, name: str, *, role: str, labeler: Labeler = "person") -> int:
@@ -139,12 +129,6 @@ class LabelStore:
         if kind != labeler:
             raise LabelError(f"the name {name!r} is taken by a {kind}", fix="give the labeler a name of its own")
         return user_id
-
-    def resume_user(self, user_id: int) -> None:
-        """An admin's decision: a paused annotator gets items again, and gold answers so far no longer count."""
-        with self.begin() as session:
-            user = serving.locked_user(session, user_id)
-            user.paused, user.gold_since_ms = "", self.clock() + 1
 
     def log_event(self, user_id: int | None, kind: str, detail: dict[str, Any]) -> None:
         """Adds a line to the audit log."""

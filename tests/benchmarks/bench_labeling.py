@@ -24,7 +24,7 @@ from harness import HERE, Report, row, save
 sys.path.insert(0, str(HERE.parent))
 
 from annotators import Annotator, Server, lost_or_doubled, over_assigned
-from postgres_server import PostgresServer
+from postgres_server import PostgresServer, binaries
 
 from reward_model.labeling.records import Candidate, Item
 from reward_model.labeling.store import LabelStore
@@ -94,9 +94,10 @@ def main() -> None:
     parser.add_argument("--think", type=float, default=2.0, help="seconds before a click, on average")
     args = parser.parse_args()
     found = {"SQLite": run(args, {})}
-    with PostgresServer(durable=True) as server:
-        os.environ[VARIABLE] = server.database()
-        found["PostgreSQL"] = run(args, {"database_env": VARIABLE})
+    if binaries() is not None:
+        with PostgresServer(durable=True) as server:
+            os.environ[VARIABLE] = server.database()
+            found["PostgreSQL"] = run(args, {"database_env": VARIABLE})
     rows = [
         row(f"next item, {name}, {load}; p95", "ms", report["p95_ms"], P95_MS, lower_is_better=True, group="labeling")
         for name, reports in found.items()

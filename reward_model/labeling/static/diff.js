@@ -56,7 +56,8 @@ function common(a, b) {
 
 /** Neighbours of a kind in one piece; a space between two words that differ is marked with them. */
 function runs(tokens, same) {
-  const kept = tokens.map((text, i) => Boolean(same[i]) && !(same[i - 1] === 0 && same[i + 1] === 0 && /^\s+$/.test(text)));
+  const between = (i) => same[i - 1] === 0 && same[i + 1] === 0 && /^\s+$/.test(tokens[i]);
+  const kept = tokens.map((_, i) => same[i] === 1 && !between(i));
   const found = [];
   tokens.forEach((text, i) => {
     const last = found.at(-1);

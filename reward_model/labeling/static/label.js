@@ -76,6 +76,7 @@ async function renew() {
 async function judge(button, label, choice, fields = {}) {
   if (page.busy || !page.task || performance.now() - page.shownAt < GUARD_MS) return;
   page.busy = true;
+  say("");
   button.classList.add("chosen");
   $("work").dataset.sent = "yes";
   const pending = {
@@ -104,7 +105,8 @@ async function deliver(pending, label) {
       showLast(content.policies ?? [], label);
       return content;
     } catch (error) {
-      if (error.status !== 401 && error.status !== 403) storage.write("pending", null); // those two can be sent after a login
+      // After a login, what was refused with these two can be sent.
+      if (error.status !== 401 && error.status !== 403) storage.write("pending", null);
       session.count = Math.max(0, session.count - 1);
       throw error;
     }
@@ -232,7 +234,7 @@ function showRanking() {
     card.querySelector(".rank").textContent = found[place] ? `rank ${found[place]}` : "";
     card.toggleAttribute("data-ranked", Boolean(found[place]));
   });
-  document.querySelector('[data-do="submit"]').disabled = chips.length < (page.task?.responses.length ?? 0);
+  document.querySelector("[data-do=submit]").disabled = chips.length < (page.task?.responses.length ?? 0);
 }
 
 // --- what is seen ------------------------------------------------------------------------------------------------
@@ -341,8 +343,8 @@ function toggleView(name) {
   page[name] = !page[name];
   document.querySelector(`[data-do=${name}]`).setAttribute("aria-pressed", String(page[name]));
   showTexts();
-  const names = { raw: ["Rendered text.", "Raw text."], diff: ["Differences hidden.", "Words that differ are marked."] };
-  say(names[name][Number(page[name])]);
+  const said = { raw: ["Rendered text.", "Raw text."], diff: ["Nothing is marked.", "Words that differ are marked."] };
+  say(said[name][Number(page[name])]);
 }
 
 function setConfidence(value) {
@@ -399,7 +401,8 @@ function notice(state, title, text, button, action) {
 }
 
 function showPaused(why) {
-  notice("paused", "Paused", `${why} What you judged is stored. Please talk to the person who runs this project.`, "Look again", load);
+  const text = `${why} What you judged is stored. Please talk to the person who runs this project.`;
+  notice("paused", "Paused", text, "Look again", load);
 }
 
 function showEmpty() {
@@ -412,12 +415,15 @@ function showEmpty() {
 function refused({ status, text }) {
   page.busy = false;
   if (status === 401) {
-    const kept = storage.read("pending") ? "Your last answer is kept in this browser and is sent when you are back." : "";
-    notice("logged-out", "You are logged out", kept, "Log in", () => location.assign("/login"));
+    const kept = "Your last answer is kept in this browser and is sent when you are back.";
+    const text = storage.read("pending") ? kept : "";
+    notice("logged-out", "You are logged out", text, "Log in", () => location.assign("/login"));
   } else if (status === 409) {
-    notice("lost", "This item went to somebody else", `${text} Nothing is wrong: go on with the next one.`, "Next item", load);
+    const calm = `${text} Nothing is wrong: go on with the next one.`;
+    notice("lost", "This item went to somebody else", calm, "Next item", load);
   } else {
-    notice("refused", "The server refused this", text || `Answer ${status}.`, "Reload the page", () => location.reload());
+    const why = text || `The answer was ${status}.`;
+    notice("refused", "The server refused this", why, "Reload the page", () => location.reload());
   }
 }
 
@@ -473,7 +479,8 @@ function actionOf({ key, code, target }) {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || document.querySelector("dialog[open]")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+  if (document.querySelector("dialog[open]")) return;
   if (event.target.matches("textarea, input")) {
     if (event.key === "Escape") event.target.blur();
     return;

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from reward_model.labeling import accounts, moderation
 from reward_model.labeling.answers import check_answer
 from reward_model.labeling.records import Answer
 from rlhf.errors import LabelError, LeaseError
@@ -70,6 +71,10 @@ def test_notes_are_plain_text_of_bounded_length(notes: Any) -> None:
 
 def person(store: Any, name: str = "ann") -> int:
     return store.ensure_user(name, role="annotator")
+
+
+def admin(store: Any) -> int:
+    return store.ensure_user("admin", role="admin")
 
 
 def test_every_field_is_stored_as_clicked(project: Any, make_items: Any) -> None:
@@ -249,7 +254,7 @@ def test_undo_of_a_flag_does_not_undo_an_admins_decision(project: Any, make_item
     store.add_items(make_items(1))
     user = person(store)
     task, _ = project.judge(store, user, Answer("flag"))
-    store.retire_item(task.item_id)
+    moderation.retire(store, admin(store), task.item_id)
     with pytest.raises(LeaseError, match="is retired"):
         store.undo(user)
     assert list(store.item_states().values()) == ["retired"]
@@ -346,7 +351,7 @@ def test_an_undone_gold_answer_does_not_count(project: Any, gold_project: Any) -
 def test_an_admin_lets_a_paused_annotator_start_afresh(project: Any, gold_project: Any) -> None:
     a, b = person(gold_project, "a"), person(gold_project, "b")
     assert answer_gold(project, gold_project, a, "wwwww")
-    gold_project.resume_user(a)
+    accounts.unpause(gold_project, admin(gold_project), a)
     project.clock.ms += 5
     assert answer_gold(project, gold_project, a, "wwrr") == ""
     assert answer_gold(project, gold_project, a, "w").startswith("2 of")

@@ -366,6 +366,7 @@ def test_a_lost_connection_loses_nothing(served: Any, opened: Any) -> None:
     page.keyboard.press("1")
     expect(page.locator("#status")).to_contain_text("No connection to the server. Your answer is kept.")
     page.keyboard.press("7")  # the item is judged already
+    expect(page.locator(".chosen")).to_have_count(1)
     page.context.set_offline(False)
     expect(page.locator("#status")).to_have_text("Next item.")
     assert [judgment.answer.value for judgment in site.judgments()] == [-3]

@@ -6,7 +6,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
+from reward_model.labeling import accounts, moderation, serving
 from reward_model.labeling.records import Answer
 from rlhf.errors import LabelError, LeaseError
 
@@ -15,6 +17,10 @@ LEFT = Answer("compare", value=-1)
 
 def people(store: Any, n: int) -> list[int]:
     return [store.ensure_user(f"person {number}", role="annotator") for number in range(n)]
+
+
+def admin(store: Any) -> int:
+    return store.ensure_user("admin", role="admin")
 
 
 def prompts(project: Any, store: Any, user: int, n: int) -> list[Any]:
@@ -216,17 +222,17 @@ def test_an_admin_reopens_or_retires_a_flagged_item(project: Any, make_items: An
     first, _ = project.judge(store, a, Answer("flag"))
     second, _ = project.judge(store, a, Answer("flag"))
     assert store.next_task(b) is None
-    store.reopen_item(first.item_id)
-    store.retire_item(second.item_id)
+    moderation.reopen(store, admin(store), first.item_id)
+    moderation.retire(store, admin(store), second.item_id)
     assert store.next_task(a) is None
     assert project.judge(store, b)[0].prompt == "p0"
     assert store.next_task(b) is None
     assert list(store.item_states().values()) == ["full", "retired"]
-    store.reopen_item(first.item_id)
+    moderation.reopen(store, admin(store), first.item_id)
     assert list(store.item_states().values()) == ["full", "retired"]  # nothing left to give
     standing(store)
     with pytest.raises(LabelError, match="no item 99"):
-        store.reopen_item(99)
+        moderation.reopen(store, admin(store), 99)
 
 
 def test_work_on_an_item_that_is_flagged_meanwhile_is_kept(project: Any, make_items: Any, standing: Any) -> None:
@@ -250,7 +256,7 @@ def test_late_work_on_a_retired_item_is_refused(project: Any, make_items: Any) -
     a, b = people(store, 2)
     late = store.next_task(a)
     project.clock.minutes(30)
-    store.retire_item(late.item_id)
+    moderation.retire(store, admin(store), late.item_id)
     assert store.next_task(b) is None
     with pytest.raises(LeaseError, match="the item is retired"):
         store.submit(a, late.assignment_id, LEFT, "late")
@@ -365,7 +371,7 @@ def test_who_is_paused_or_switched_off_gets_nothing(project: Any, make_items: An
         session.get_one(UserRow, b).active = False
     assert store.next_task(a) is None
     assert store.next_task(b) is None
-    store.resume_user(a)
+    accounts.unpause(store, admin(store), a)
     assert store.next_task(a).prompt == "p0"
 
 
@@ -379,7 +385,6 @@ def test_unknown_users_and_assignments(project: Any, make_items: Any) -> None:
         lambda: store.submit(99, task.assignment_id, LEFT, "x"),
         lambda: store.undo(99),
         lambda: store.renew(99, task.assignment_id),
-        lambda: store.resume_user(99),
         lambda: store.progress(99),
     ):
         with pytest.raises(LabelError, match="no user 99"):
@@ -391,3 +396,19 @@ def test_unknown_users_and_assignments(project: Any, make_items: Any) -> None:
     ):
         with pytest.raises(LabelError, match="is not yours"):
             call()
+
+
+def test_the_next_item_is_found_by_an_index(project: Any, make_items: Any) -> None:
+    """Not by a look at all items, and not by sorting them."""
+    store = project.open()
+    store.add_items(make_items(2000, wanted=3))
+    user = people(store, 1)[0]
+    prompts(project, store, user, 3)
+    query = serving.NEXT.params(user=user, gold=False).compile(store.engine, compile_kwargs={"literal_binds": True})
+    sqlite = store.engine.dialect.name == "sqlite"
+    with store.begin() as session:
+        session.execute(text("ANALYZE"))
+        plan = "\n".join(str(row) for row in session.execute(text(f"EXPLAIN {'QUERY PLAN' if sqlite else ''} {query}")))
+    assert "ix_items_serving" in plan, plan
+    for slow in ("SCAN", "TEMP B-TREE", "Seq Scan on items", "Sort"):
+        assert slow not in plan, plan

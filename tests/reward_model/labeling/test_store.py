@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from reward_model.labeling import moderation
 from reward_model.labeling.records import Answer, Candidate, Item
 from reward_model.labeling.store import Added, Progress
 from rlhf.errors import LabelError
@@ -43,6 +44,10 @@ def test_queueing_again_adds_nothing(project: Any, make_items: Any) -> None:
     assert store.add_items([]) == Added(0, 0)
     assert len(store.items()) == 1202
     assert store.items()[599].wanted == 1
+
+
+def admin(store: Any) -> int:
+    return store.ensure_user("admin", role="admin")
 
 
 @pytest.mark.parametrize(
@@ -154,8 +159,8 @@ def test_progress_by_hand(project: Any, make_items: Any) -> None:
         from reward_model.labeling.schema import ItemRow
 
         ids = list(session.scalars(select(ItemRow.id).order_by(ItemRow.id)))
-    store.retire_item(ids[2])
-    store.retire_item(ids[0])
+    moderation.retire(store, admin(store), ids[2])
+    moderation.retire(store, admin(store), ids[0])
     assert store.progress() == Progress(judged=3, paused="", wanted=6, done=1, open=4, flagged=0)
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, select
 
+from reward_model.labeling import moderation
 from reward_model.labeling.records import Answer, Item, Task
 from reward_model.labeling.schema import AssignmentRow, Base, ItemRow, UserRow
 from reward_model.labeling.store import LabelStore
@@ -36,6 +37,10 @@ def meaning(task: Task, answer: Answer) -> Click:
         return ("compare", (better, worse, abs(value)) if value else (*sorted(task.responses), 0), answer.notes)
     ranks = dict(zip(task.responses, answer.ranks or [], strict=False))
     return (answer.choice, tuple(sorted(ranks.items())), answer.notes)
+
+
+def admin(store: LabelStore) -> int:
+    return store.ensure_user("admin", role="admin")
 
 
 @dataclass
@@ -247,10 +252,10 @@ class Session:
 
     def decide(self, item: int, retire: bool) -> None:
         if retire:
-            self.store.retire_item(self.ids[item])
+            moderation.retire(self.store, admin(self.store), self.ids[item])
             self.model.held[item] = "retired"
         else:
-            self.store.reopen_item(self.ids[item])
+            moderation.reopen(self.store, admin(self.store), self.ids[item])
             self.model.held.pop(item, None)
 
     def check(self) -> None:
@@ -278,7 +283,9 @@ class Session:
         assert len(self.store.judgments(effective=False)) == m.rows
         with self.store.read() as session:
             rows = list(session.scalars(select(ItemRow).order_by(ItemRow.id)))
-            judged = {user.id: user.judged for user in session.scalars(select(UserRow))}
+            judged = {
+                user.id: user.judged for user in session.scalars(select(UserRow).where(UserRow.role == "annotator"))
+            }
             live = session.scalars(select(AssignmentRow.id).where(AssignmentRow.state == "leased"))
             assert set(live) == {a for a, s in m.shown.items() if s.state == "leased"}
         for item, row in enumerate(rows):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from label_client import Browser, Web, candidates
+from label_client import Browser, Web, candidates, log_in
 
 from reward_model.labeling import figures
 from reward_model.labeling.figures import DAY_MS, HOUR_MS, Agreement, Period
@@ -108,7 +108,7 @@ def test_agreement_and_annotators(web: Web) -> None:
     assert names.count("ada") == 2, "once among the annotators, once among the people"
     ada_row, ben_row = page.row("ada"), page.row("ben")
     assert (ada_row[0], ben_row[0]) == ("4", "4")
-    assert (ada_row[1], ada_row[3]) == ("undefined (no gold question)", "undefined (no swapped repeat)")
+    assert (ada_row[1], ada_row[3]) == ("-", "-"), "no gold question, no repeat"
     assert (ada_row[4], ben_row[4]) == ("75%", "75%")
     assert ada_row[5:9] == ["0%"] * 4
     assert (ada_row[9], ben_row[9:]) == ("2.5 s", ["0.5 s", "0.5 s"])
@@ -156,8 +156,9 @@ def test_days_and_hours_are_utc_s(web: Web) -> None:
         assert ada.judge().status_code == 200
     now = midnight + 2 * HOUR_MS
     with web.store.read() as session:
-        days = figures.judgments_per(session, now, DAY_MS, 3)
+        days = figures.judgments_per(session, now, DAY_MS, 9)
         hours = figures.judgments_per(session, now, HOUR_MS, 4)
+        assert figures.judgments_per(session, now + 9 * DAY_MS, DAY_MS, 2) == [Period("2027-01-24", 0)]
     assert days == [Period("2027-01-15", 2), Period("2027-01-14", 1), Period("2027-01-13", 1)]
     assert [(hour.start[-5:], hour.judgments) for hour in hours] == [
         ("02:00", 0),
@@ -268,3 +269,29 @@ def test_an_invite_link_is_shown_once_and_works(web: Web) -> None:
     page = root.get("/admin").text
     assert link[1] not in page
     assert re.search(r"viewer, by <bdi>root</bdi>, until 2027-01-22 08:00 UTC", page)
+
+
+def test_accounts_and_figures_work_on_postgresql_too(
+    postgres: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABELS_DATABASE", postgres.database())
+    web = Web(tmp_path, database_env="LABELS_DATABASE", gold={"fraction": 0.0})
+    root, ada = web.invited("root", "admin"), web.invited("Ärger")
+    web.add_pairs(5, wanted=1)
+    for ms in (1000, 2000, 3000):
+        prefer(ada, "better", ms_active=ms)
+    ada.judge("flag", notes="odd")
+    assert log_in(web.browser(), "ÄRGER", "wrong password").status_code == 401
+    assert log_in(web.browser(), "ÄRGER").status_code == 303
+    page = root.get("/admin").text
+    stats = numbers(page)
+    # The fifth item is before its annotator: its only place is taken, and it is not done.
+    assert (stats["of 5 judgments"], stats["items done"], stats["items open"], stats["flagged"]) == ("3", "3", "1", "1")
+    assert (stats["per judgment, median"], stats["90th percentile"]) == ("2.0 s", "3.0 s")
+    assert Tables(page).row("2027-01-15")[0] == "3"
+    assert "<b><bdi>Ärger</bdi></b>: odd" in page
+    for path in ("users/1/deactivate", "users/2/deactivate", "users/2/activate", "users/2/unpause", "items/4/reopen"):
+        assert root.form(f"/admin/{path}").status_code == (409 if path == "users/1/deactivate" else 303)
+    with web.store.read() as session:
+        assert [event.kind for event in figures.events(session)][:2] == ["item_reopened", "user_unpaused"]
+    web.store.close()

@@ -179,6 +179,31 @@ def test_a_slow_body_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.status == 408
 
 
+def test_who_hangs_up_in_the_middle_of_a_body_is_no_bug_of_ours(local: Web) -> None:
+    browser = local.browser()
+    cookie = f"rlhf_8420_visitor={browser.get('/') and browser.http.cookies['rlhf_8420_visitor']}"
+    headers = {"host": "127.0.0.1:8420", "origin": ORIGIN, "cookie": cookie, "content-length": "20"}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/api/undo",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "client": ("127.0.0.1", 1),
+    }
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(local.app(scope, receive, send))
+    assert (sent, messages) == ([], [])
+
+
 ANSWER = {"assignment_id": 1, "submission_id": "abcdefgh", "choice": "compare", "value": 1}
 
 
