@@ -85,10 +85,8 @@ def test_alpha_is_the_librarys_and_the_formulas(seed: int, level: Any, categorie
 def test_a_strength_that_nobody_used_does_not_change_alpha() -> None:
     counts_IC = counts_of(random_table(5, 7), 7)
     counts_IC[:, 3] = 0
-    import krippendorff
-
-    library = krippendorff.alpha(value_counts=counts_IC, level_of_measurement="ordinal")
-    assert c.alpha(counts_IC, "ordinal").value == pytest.approx(library, abs=1e-12)
+    without_IC = np.delete(counts_IC, 3, axis=1)
+    assert c.alpha(counts_IC, "ordinal").value == pytest.approx(c.alpha(without_IC, "ordinal").value, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
