@@ -380,6 +380,17 @@ def test_one_annotators_record_by_hand() -> None:
     }  # fmt: skip
 
 
+def test_gold_and_swapped_repeats_stay_out_of_the_coefficients() -> None:
+    items = pairs(2)
+    gold = Item("gold", [Candidate("right"), Candidate("wrong")], gold_ranks=[1, 2])
+    judged = [compare(item, name, 2 * n - 1) for n, item in enumerate(items) for name in "ab"]
+    judged += [compare(items[0], "a", 1, swapped=True, presentation=1)]  # the other answer this time
+    judged += [compare(gold, "a", -1), compare(gold, "b", 1)]
+    report = agreement_report([*items, gold], judged, seed=0)
+    assert report["pairs"]["raw"]["value"] == report["pairs"]["alpha_nominal"]["value"] == 1.0
+    assert report["annotators"]["a"]["agreement_with_others"]["value"] == 1.0
+
+
 def test_gold_rankings_are_right_when_no_two_are_reversed() -> None:
     gold = Item("g", [Candidate(t) for t in "abc"], kind="ranking", gold_ranks=[1, 2, 2])
     for ranks, right in (([1, 2, 3], 1), ([1, 3, 2], 1), ([1, 1, 2], 0), ([2, 1, 3], 0)):
