@@ -1,43 +1,45 @@
-"""Train the reward model: `rlhf reward`. Bradley-Terry on pairs, or K-way ranking from K forwards.
+"""Train the reward model: `rlhf reward CONFIG`. Bradley-Terry on pairs, K-way ranking from K forwards, or ratings.
 
 Ouyang 2022, section 3.5: all comparisons of one prompt share its K forward passes and weigh as one item.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reward_model.calibrate import Units, outcomes_of
 from reward_model.data import (
     RankedTokens,
+    RatingScale,
+    merge_by_prompt,
     pad_scores,
     pairs_of,
     refuse_mixed_sources,
     split_by_prompt,
     targets,
     tokenize_rankings,
+    tokenize_ratings,
 )
-from reward_model.ensemble import Ensemble, disagreement, member_weights, start_ensemble
-from reward_model.losses import all_pairs, bradley_terry, centering, plackett_luce
+from reward_model.ensemble import Ensemble, member_weights, start_ensemble
+from reward_model.finish import end_training, keep_adapter, normalise
+from reward_model.losses import all_pairs, bradley_terry, centering, plackett_luce, pointwise
+from reward_model.measure import measure
 from reward_model.model import RewardModel, pad_tokens, save_reward_model
 from reward_model.packing import common_prefix, pack
 from rlhf.config_schema import DatasetConfig, RewardStage
 from rlhf.data.order import rows_for_step
-from rlhf.data.records import read_demonstrations, read_rankings
-from rlhf.data.templates import located, prompt_tokens, response_tokens, show_examples
+from rlhf.data.records import Records, read_rankings, read_ratings
+from rlhf.data.templates import show_examples
 from rlhf.errors import CheckpointError, DataError, InvariantError
-from rlhf.eval.winrate import share_interval
-from rlhf.models.adapters import save_adapter
 from rlhf.models.load import load_tokenizer
-from rlhf.models.tuning import apply_tuning, build_optimizer, merge_tuning, parameter_groups, set_lr, storage_dtype
-from rlhf.models.value import NORMALISATION_FILE, ScalarModel, at_last_token, load_scalar_model
+from rlhf.models.tuning import apply_tuning, build_optimizer, parameter_groups, set_lr, storage_dtype
+from rlhf.models.value import ScalarModel, at_last_token, load_scalar_model
 from rlhf.progress import Progress
 from rlhf.resume import Resume
 from rlhf.runs import RunOptions
@@ -45,16 +47,13 @@ from rlhf.runtime import Runtime, explaining_memory
 from rlhf.tracking import Tracker
 from rlhf.types import RunResult
 
-NORMALISATION_ROWS = 160
-"""Training responses, at most, whose deviation becomes the unit of the score: known to 6% (1 / sqrt(2 * 160))."""
-
 MAX_PACKED_TOKENS = 2048
 """Longest packed row; its attention mask takes 4 MB."""
 
 
 def main(cfg: RewardStage, options: RunOptions) -> RunResult:
-    """Leaves `final/` (AutoModelForSequenceClassification with its normalisation), with LoRA also `adapter/`, and
-    metrics.jsonl."""
+    """Leaves `final/` (AutoModelForSequenceClassification with its normalisation, and an ensemble's members), with LoRA
+    also `adapter/`; metrics.jsonl, reward_report.json and reward_report.html."""
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     resume = Resume.open(cfg, options, runtime, say=print)
     tokenizer = load_tokenizer(cfg.model)
@@ -71,18 +70,24 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
         ) as tracker,
     ):
         train, heldout = load_items(cfg, tokenizer, progress)
+        scale = None
+        if cfg.loss == "pointwise":
+            scale = RatingScale.of(train)
+            scale.apply(train)
         model, handle = start(cfg, runtime.dtype)
         with runtime.minding_sigterm():
             fit(model, train, cfg, runtime, resume, progress, tracker)
         keep_adapter(handle, model, train, cfg, runtime, tokenizer, progress)
         # What is measured from here on is what `final/` holds: adapters folded in, in the run's precision.
-        classifier = finish(model, handle, runtime.dtype)
+        classifier = end_training(model, handle, runtime.dtype)
         scorer = RewardModel(model, runtime, micro_batch_size=2 * cfg.micro_batch_size)
         normalisation = normalise(scorer, model, train, cfg, tokenizer, progress)
-        summary = {**evaluate(scorer, heldout, progress), **normalisation, "train_items": len(train)}
+        measured = measure(scorer, heldout, Units(normalisation["mean"], normalisation["std"], scale), progress)
+        summary = {**measured.summary, **normalisation, "train_items": len(train)}
         tracker.summary(summary)
     final = Path(cfg.run_dir) / "final"
     if runtime.is_main:
+        measured.write(Path(cfg.run_dir), title="Reward model")
         members = None if isinstance(model, ScalarModel) else model
         save_reward_model(final, classifier, tokenizer, normalisation, members)
     runtime.barrier()
@@ -99,44 +104,24 @@ def start(cfg: RewardStage, precision: torch.dtype) -> tuple[ScalarModel | Ensem
     return ensemble, ensemble.handle
 
 
-def finish(model: ScalarModel | Ensemble, handle: Any, dtype: torch.dtype) -> Any:
-    """End training; the plain transformers model in `dtype`, adapters folded in."""
-    if not isinstance(model, ScalarModel):
-        return model.plain(dtype)
-    model.classifier = merge_tuning(handle).to(dtype)
-    return model.classifier
-
-
 def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[list[RankedTokens], list[RankedTokens]]:
-    """(train, held-out) rankings; pairs when the loss is on pairs.
+    """(train, held-out) rankings; what is trained on are pairs when the loss is on pairs, single rows when it is on
+    ratings.
 
     Raises:
         DataError: nothing to train on or to test on.
     """
-
-    def read(source: DatasetConfig) -> list[RankedTokens]:
-        rankings = read_rankings(source)
-        progress.say(f"{source.path}: format {rankings.format}, {len(rankings)} rows")
-        refuse_mixed_sources(rankings, source.path)
-        tokenized = tokenize_rankings(
-            rankings, tokenizer, chat=source.chat, max_length=cfg.max_length, truncation=cfg.truncation
-        )
-        if tokenized.truncated:
-            progress.say(
-                f"{source.path}: {tokenized.truncated} responses longer than {cfg.max_length} tokens keep their end"
-            )
-        if tokenized.retokenized:
-            progress.say(f"{source.path}: {tokenized.retokenized} responses tokenised anew for this model")
-        return tokenized.items
-
     if cfg.eval_dataset is not None:
-        train, heldout = read(cfg.dataset), read(cfg.eval_dataset)
+        train, heldout = (read_items(source, cfg, tokenizer, progress) for source in (cfg.dataset, cfg.eval_dataset))
     else:
-        train, heldout = split_by_prompt(read(cfg.dataset), cfg.heldout_fraction, cfg.seed)
+        items = read_items(cfg.dataset, cfg, tokenizer, progress)
+        train, heldout = split_by_prompt(items, cfg.heldout_fraction, cfg.seed)
     if cfg.loss != "bradley_terry" and any(item.margin for item in train):
         progress.say(f"margins are used by loss: bradley_terry only, not by {cfg.loss}")
     if cfg.loss == "bradley_terry":
         train = [pair for item in train for pair in pairs_of(item)]
+    elif cfg.loss == "pointwise":
+        heldout = merge_by_prompt(heldout)
     if not train or not heldout:
         raise DataError(
             f"{cfg.dataset.path}: {len(train)} items to train on, {len(heldout)} held out",
@@ -145,6 +130,22 @@ def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[li
     examples = [(row, [i == len(row) - 1 for i in range(len(row))]) for row in train[0].rows[:2]]
     show_examples(progress.console, tokenizer, "reward (scored at the last token; best first)", examples)
     return train, heldout
+
+
+def read_items(source: DatasetConfig, cfg: RewardStage, tokenizer: Any, progress: Progress) -> list[RankedTokens]:
+    """Rankings, or ratings where the loss is on them, as token rows; what was cut is said."""
+    how = {"chat": source.chat, "max_length": cfg.max_length, "truncation": cfg.truncation}
+    if cfg.loss == "pointwise":
+        records: Records[Any] = read_ratings(source)
+        tokenized = tokenize_ratings(records, tokenizer, **how)
+    else:
+        records = read_rankings(source)
+        refuse_mixed_sources(records, source.path)
+        tokenized = tokenize_rankings(records, tokenizer, **how)
+    progress.say(f"{source.path}: format {records.format}, {len(records)} rows")
+    for line in tokenized.remarks(cfg.max_length):
+        progress.say(f"{source.path}: {line}")
+    return tokenized.items
 
 
 def fit(
@@ -168,7 +169,7 @@ def fit(
     )
     size = min(cfg.batch_size, max(1, len(train) // runtime.world_size))
     total = max(1, math.ceil(cfg.epochs * len(train) / (size * runtime.world_size)))
-    longest = max((item for item in train if is_packable(item)), key=packed_length, default=None)
+    longest = max((item for item in train if len(item.rows) > 1 and is_packable(item)), key=packed_length, default=None)
     share_prompts = resume.state.get("share_prompts")  # asked of the first weights: later ones might say otherwise
     if share_prompts is None:
         share_prompts = cfg.share_prompts and longest is not None and obeys_masks(module, longest, runtime)
@@ -185,7 +186,8 @@ def fit(
         with explaining_memory("train", f"lower micro_batch_size, which is {cfg.micro_batch_size}"):
             metrics = train_step(module, optimizer, [train[i] for i in rows], cfg, runtime, share_prompts=share_prompts)
         tracker.log(step + 1, {**metrics, "lr": lr})
-        progress.advance(1, loss=metrics["loss/train"], accuracy=metrics["train/accuracy"])
+        shown = {"accuracy": metrics["train/accuracy"]} if "train/accuracy" in metrics else {}
+        progress.advance(1, loss=metrics["loss/train"], **shown)
         resume.save_if_due(step, total)
     resume.finish()
     runtime.make_whole(model, everywhere=True)
@@ -234,11 +236,8 @@ def train_step(
     if not math.isfinite(norm):
         raise InvariantError("the reward model's gradient is not finite", fix="lower optim.lr, or use precision: fp32")
     loss_sum, right, pairs = runtime.sum(sums).tolist()
-    return {
-        "loss/train": loss_sum / (denominator * runtime.world_size),
-        "train/accuracy": right / max(1.0, pairs),
-        "train/grad_norm": norm,
-    }
+    metrics = {"loss/train": loss_sum / (denominator * runtime.world_size), "train/grad_norm": norm}
+    return metrics if cfg.loss == "pointwise" else {**metrics, "train/accuracy": right / max(1.0, pairs)}
 
 
 def forward(
@@ -308,6 +307,9 @@ def ranking_loss(
         chosen_B, rejected_B = scores_BK.unbind(1)
         margin_B = torch.tensor([item.margin for item in items], device=scores_BK.device)
         loss = bradley_terry(chosen_B, rejected_B, margin_B=margin_B, target_B=wins_BKK[:, 0, 1], weight_B=weight_B)
+    elif cfg.loss == "pointwise":
+        ratings_B = torch.tensor([rating for item in items for rating in item.ratings or []], device=scores_BK.device)
+        loss = pointwise(scores_BK.squeeze(1), ratings_B, weight_B=weight_B)
     elif cfg.loss == "all_pairs":
         loss = all_pairs(scores_BK, wins_BKK, mask_BK[:, :, None] & mask_BK[:, None, :], weight_B=weight_B)
     else:
@@ -321,129 +323,3 @@ def right_pairs(scores_BK: Tensor, items: Sequence[RankedTokens]) -> tuple[float
     """(pairs ordered as labelled, untied pairs)."""
     outcomes = [x for row, item in zip(scores_BK.tolist(), items, strict=True) for x in outcomes_of(row, item.ranks)]
     return sum(outcomes), float(len(outcomes))
-
-
-def outcomes_of(scores: Sequence[float], ranks: Sequence[float]) -> list[float]:
-    """1 for every untied pair whose scores are in the order of `ranks` (low is best), 0 if not, .5 at equal scores."""
-    outcomes = []
-    for i, j in combinations(range(len(ranks)), 2):
-        if ranks[i] != ranks[j]:
-            difference = (scores[i] - scores[j]) * (1 if ranks[i] < ranks[j] else -1)
-            outcomes.append(0.5 if difference == 0 else float(difference > 0))
-    return outcomes
-
-
-def keep_adapter(
-    handle: Any,
-    model: ScalarModel | Ensemble,
-    train: Sequence[RankedTokens],
-    cfg: RewardStage,
-    runtime: Runtime,
-    tokenizer: Any,
-    progress: Progress,
-) -> None:
-    """With LoRA write `adapter/`: adapter and head, unrounded, with a normalisation of their own, and an ensemble's
-    members; else take away an earlier run's."""
-    folder = Path(cfg.run_dir) / "adapter"
-    if cfg.tuning.kind != "lora":
-        if runtime.is_main:
-            save_adapter(None, folder)
-        return
-    scorer = RewardModel(model, runtime, micro_batch_size=2 * cfg.micro_batch_size)
-    moments = normalise(scorer, model, train, cfg, tokenizer, progress)
-
-    def write(staging: Path) -> None:
-        (staging / NORMALISATION_FILE).write_text(json.dumps(moments, indent=1), encoding="utf-8")
-        if not isinstance(model, ScalarModel):
-            model.save(staging)
-
-    if runtime.is_main:
-        head = model.classifier.score if isinstance(model, ScalarModel) else model.plain_head()
-        save_adapter(handle, folder, head=head, further=write)
-    set_moments(model, [0.0] * scorer.members, 1.0)
-
-
-def set_moments(model: ScalarModel | Ensemble, means: Sequence[float], std: float) -> None:
-    """From now on member m's scores are (raw - means[m]) / std."""
-    if isinstance(model, ScalarModel):
-        model.set_normalisation(means[0], std)
-    else:
-        model.set_normalisation(means, std)
-
-
-def normalise(
-    scorer: RewardModel,
-    model: ScalarModel | Ensemble,
-    train: Sequence[RankedTokens],
-    cfg: RewardStage,
-    tokenizer: Any,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Set and return mean (of demonstrations, else of training responses) and std (of training responses).
-
-    An ensemble's members get a mean each and one std, that of their mean score; what is returned is the plain model's.
-    """
-    responses = [row for item in train for row in item.rows]
-    responses = responses[:: math.ceil(len(responses) / NORMALISATION_ROWS)]
-    if cfg.normalise_on is not None:
-        zero = [
-            located(d.where, prompt_tokens, tokenizer, d.prompt, chat=cfg.normalise_on.chat)
-            + response_tokens(tokenizer, d.completion, finished=True)
-            for d in read_demonstrations(cfg.normalise_on)
-        ]
-    else:
-        zero = responses
-    progress.phase("normalise", total=len(zero) + len(responses), unit="rows")
-    zero_MN = scorer.score_members([row[-cfg.max_length :] for row in zero], progress.advance)
-    response_N = scorer.score_members(responses, progress.advance).mean(0)
-    means, std = zero_MN.mean(1).tolist(), max(float(response_N.std(correction=0)), 1e-6)
-    set_moments(model, means, std)
-    mean = means[0] if isinstance(model, ScalarModel) else model.plain_mean
-    return {"mean": mean, "std": std, "zero_is": cfg.normalise_on.path if cfg.normalise_on else "training responses"}
-
-
-def evaluate(scorer: RewardModel, heldout: Sequence[RankedTokens], progress: Progress) -> dict[str, Any]:
-    """Held-out pair accuracy with a 95% interval over prompts, against gold scores where known, else the labels."""
-    progress.phase("evaluate", total=sum(len(item.rows) for item in heldout), unit="rows")
-    scores_MN = scorer.score_members([row for item in heldout for row in item.rows], progress.advance)
-    flat = iter(scorer.aggregate(scores_MN).tolist())
-    outcomes: dict[str, list[float]] = {"label": [], "gold": []}
-    groups: dict[str, list[str]] = {"label": [], "gold": []}
-    lengths, all_scores = [], []
-    for item in heldout:
-        scores = [next(flat) for _ in item.rows]
-        all_scores += scores
-        lengths += item.response_lengths
-        orders = {"label": [float(r) for r in item.ranks], "gold": [-g for g in item.gold or []]}
-        for name, ranks in orders.items():
-            new = outcomes_of(scores, ranks)
-            outcomes[name] += new
-            groups[name] += [item.group] * len(new)
-    against = "gold" if outcomes["gold"] else "label"
-    accuracy = share_interval(outcomes[against], groups[against])
-    summary = {
-        "accuracy": accuracy[0],
-        "accuracy_low": accuracy[1],
-        "accuracy_high": accuracy[2],
-        "accuracy_against": against,
-        "pairs": len(outcomes[against]),
-        "prompts": len(set(groups[against])),
-        "label_accuracy": sum(outcomes["label"]) / max(1, len(outcomes["label"])),
-    }
-    if scorer.members > 1:
-        summary |= evaluate_members(scores_MN, heldout)
-    stacked = torch.tensor([lengths, all_scores], dtype=torch.float64)
-    if len(lengths) > 2 and bool((stacked.std(dim=1) > 0).all()):
-        summary["length_correlation"] = float(torch.corrcoef(stacked)[0, 1])
-    return summary
-
-
-def evaluate_members(scores_MN: Tensor, heldout: Sequence[RankedTokens]) -> dict[str, Any]:
-    """Each member's accuracy against the labels, and how far the members disagree."""
-    counts = [len(item.rows) for item in heldout]
-    accuracies = []
-    for scores_N in scores_MN:
-        rows = zip(scores_N.split(counts), heldout, strict=True)
-        outcomes = [x for scores, item in rows for x in outcomes_of(scores.tolist(), item.ranks)]
-        accuracies.append(sum(outcomes) / max(1, len(outcomes)))
-    return {"member_accuracies": accuracies, "disagreement": float(disagreement(scores_MN).mean())}

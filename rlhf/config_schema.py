@@ -24,7 +24,7 @@ class DatasetConfig(Strict):
     split: str = "train"
     subset: str | None = Field(default=None, description="the hub's configuration name")
     format: Literal[
-        "auto", "prompt", "prompt_completion", "messages", "text", "preference", "hh", "ranking", "rollouts"
+        "auto", "prompt", "prompt_completion", "messages", "text", "preference", "hh", "ranking", "rating", "rollouts"
     ] = "auto"
     limit: Positive | None = Field(default=None, description="use the first rows only")
     chat: bool = Field(
@@ -192,7 +192,9 @@ class RewardStage(StageConfig):
     eval_dataset: DatasetConfig | None = None
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="by prompt")
     normalise_on: DatasetConfig | None = Field(default=None, description="demonstrations whose mean score becomes 0")
-    loss: Literal["bradley_terry", "all_pairs", "plackett_luce"] = "bradley_terry"
+    loss: Literal["bradley_terry", "all_pairs", "plackett_luce", "pointwise"] = Field(
+        default="bradley_terry", description="pointwise: squared error of ratings; the others learn from comparisons"
+    )
     centering: Annotated[float, Field(ge=0)] = 0.0
     ensemble: EnsembleConfig | None = Field(default=None, description="several reward models in one, e.g. {members: 4}")
     tuning: TuningConfig = TuningConfig()

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from rlhf.config import dump
-from rlhf.config_schema import DatasetConfig, EvaluateStage, PipelineStage, SFTStage
+from rlhf.config_schema import DatasetConfig, EvaluateStage, PipelineStage, RewardStage, SFTStage
 from rlhf.errors import ConfigError, DataError, ModelError
 from rlhf.models import bundled
 from rlhf.runs import MODEL_KEYS
@@ -116,7 +116,8 @@ class _Inputs:
         if self.stage == "sft" or key in ("normalise_on", "ptx"):
             read = records.read_demonstrations
         elif self.stage == "reward":
-            read = records.read_rankings
+            is_rated = isinstance(self.cfg, RewardStage) and self.cfg.loss == "pointwise"
+            read = records.read_ratings if is_rated else records.read_rankings
         found = read(cfg)
         lengths = self._prompt_lengths(cfg, found) if read is records.read_prompts else ""
         self._say(key, f"{cfg.path}, format {found.format}, {len(found)} rows{lengths}")

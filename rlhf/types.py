@@ -149,6 +149,16 @@ class Ranking:
     margin: float | None = None
 
 
+@dataclass
+class Rating:
+    """A number for one response, the higher the better, on a scale that the data set alone knows."""
+
+    prompt: Prompt
+    response: str
+    rating: float
+    prompt_id: str = ""
+
+
 class RewardFn(Protocol):
     """Scores finished rollouts, None where it cannot; the only thing PPO knows about rewards."""
 

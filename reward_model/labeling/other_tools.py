@@ -28,7 +28,8 @@ from reward_model.labeling.imports import (
 )
 from reward_model.labeling.records import Answer, Candidate, Item, Judgment
 from reward_model.labeling.reliability import order_of
-from rlhf.data.formats import RANKINGS, FieldError, Fields
+from rlhf.data.fields import FieldError, Fields
+from rlhf.data.formats import RANKINGS
 from rlhf.types import Prompt
 
 VERDICTS = {"tie": "tie", "both bad": "both_bad", "skip": "skip", "flag": "flag"}

@@ -19,7 +19,8 @@ from reward_model.labeling.agreement import TIE, ranks_from_wins
 from reward_model.labeling.records import Item, Judgment, Labeler
 from reward_model.labeling.reliability import order_of
 from rlhf.config_labeling import ExportConfig
-from rlhf.data.formats import RANKINGS, FieldError, as_chat
+from rlhf.data.fields import FieldError, as_chat
+from rlhf.data.formats import RANKINGS
 from rlhf.data.records import prompt_id
 from rlhf.errors import DataError
 from rlhf.types import Preference, Prompt, Ranking
