@@ -82,12 +82,17 @@ class HeadEnsemble(nn.Module):
         """`handle`: what `apply_tuning` gave for the model, to end training."""
         super().__init__()
         self.scalar = scalar
-        self.handle = handle
+        self._handle = (handle,)  # in a tuple: it is no further part of this module
         self.score = nn.Linear(heads_MH.shape[1], len(heads_MH), bias=False, device=heads_MH.device)
         self.score.weight.data = heads_MH.float()
         self.aggregate = aggregate
         self.register_buffer("means_M", torch.zeros(len(heads_MH)), persistent=False)
         self.register_buffer("std", torch.tensor(1.0), persistent=False)
+
+    @property
+    def handle(self) -> Any:
+        """What `apply_tuning` gave."""
+        return self._handle[0]
 
     @property
     def members(self) -> int:
@@ -132,6 +137,8 @@ class HeadEnsemble(nn.Module):
         """The model's own head, made the members' mean."""
         head = self.scalar.classifier.score
         head.weight.data = self.score.weight.detach().mean(0, keepdim=True).to(head.weight)
+        if head.bias is not None:  # of another's reward model; the members have none
+            head.bias.data.zero_()
         return head
 
     def save(self, folder: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reward_model.calibrate import (
@@ -23,7 +24,7 @@ from reward_model.calibrate import (
     rating_fit,
 )
 from reward_model.data import RankedTokens
-from reward_model.ensemble import disagreement
+from reward_model.ensemble import Aggregate, disagreement
 from reward_model.model import RewardModel
 from rlhf.eval.reward_page import render_reward_page
 from rlhf.eval.winrate import share_interval
@@ -48,19 +49,32 @@ class Measured:
 
 
 def measure(scorer: RewardModel, heldout: Sequence[RankedTokens], units: Units, progress: Progress) -> Measured:
-    """Score and judge labeled items.
+    """Score and judge labeled items; see `judge`."""
+    return judge(score(scorer, heldout, progress), units, scorer.aggregate)
+
+
+def score(scorer: RewardModel, items: Sequence[RankedTokens], progress: Progress) -> list[Scored]:
+    """Labeled items with their scores."""
+    progress.phase("evaluate", total=sum(len(item.rows) for item in items), unit="rows")
+    scores_MN = scorer.score_members([row for item in items for row in item.rows], progress.advance)
+    return attach(scores_MN, scorer.aggregate(scores_MN), items)
+
+
+def judge(scored: Sequence[Scored], units: Units, aggregate: Aggregate) -> Measured:
+    """What the labels say of the scores.
+
+    Args:
+        aggregate: how an ensemble's scores became one.
 
     Raises:
         DataError: rankings of which no two responses have different ranks.
     """
-    progress.phase("evaluate", total=sum(len(item.rows) for item in heldout), unit="rows")
-    scores_MN = scorer.score_members([row for item in heldout for row in item.rows], progress.advance)
-    scored = attach(scores_MN, scorer.aggregate(scores_MN), heldout)
     pairs = judged_pairs(scored, units.std)
+    members = len(scored[0].members)
     report: dict[str, Any] = {
-        "prompts": len({item.group for item in heldout}),
-        "responses": scores_MN.shape[1],
-        "members": scorer.members,
+        "prompts": len({one.item.group for one in scored}),
+        "responses": sum(len(one.scores) for one in scored),
+        "members": members,
         "length": length_bias(scored, pairs),
         "best_of_n": best_of_n(scored),
     }
@@ -73,12 +87,13 @@ def measure(scorer: RewardModel, heldout: Sequence[RankedTokens], units: Units, 
         report["gold_accuracy"] = gold
     if units.ratings is not None:
         report["ratings"] = rating_fit(scored, units)
-    if scorer.members > 1:
+    if members > 1:
+        scores_MN = torch.cat([torch.tensor(one.members) for one in scored], dim=1)
         report["ensemble"] = {
-            "aggregate": scorer.aggregate.kind,
-            "coef": scorer.aggregate.coef,
+            "aggregate": aggregate.kind,
+            "coef": aggregate.coef,
             "disagreement": float(disagreement(scores_MN).mean()),
-            "member_accuracies": [_label_accuracy(scored, member) for member in range(scorer.members)],
+            "member_accuracies": [_label_accuracy(scored, member) for member in range(members)],
             "by_disagreement": accuracy_by(pairs, [pair.spread for pair in pairs]),
         }
     return Measured(summarise(report), report)

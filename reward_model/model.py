@@ -75,8 +75,8 @@ class RewardModel:
             return
         if self.members == 1:
             raise ConfigError(
-                "reward_aggregate is set, but the reward model is a single one",
-                fix="remove reward_aggregate, or train the reward model with `ensemble`",
+                "an aggregate of the members' scores is set, but the reward model is a single one",
+                fix="remove it, or train the reward model with `ensemble`",
             )
         self.aggregate = Aggregate(kind or self.aggregate.kind, self.aggregate.coef if coef is None else coef)
 
@@ -89,6 +89,11 @@ class RewardModel:
     def passes(self) -> int:
         """Forwards through its layers per row."""
         return 1 if isinstance(self._model, ScalarModel) else self._model.passes
+
+    @property
+    def std(self) -> float:
+        """Units of the raw score, the log odds of training, per unit of the normalised one."""
+        return float(self._model.std)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Score of each rollout at its last real token; an ensemble's disagreement is written into the rollouts."""

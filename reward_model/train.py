@@ -52,8 +52,8 @@ MAX_PACKED_TOKENS = 2048
 
 
 def main(cfg: RewardStage, options: RunOptions) -> RunResult:
-    """Leaves `final/` (AutoModelForSequenceClassification with its normalisation), with LoRA also `adapter/`, and
-    metrics.jsonl."""
+    """Leaves `final/` (AutoModelForSequenceClassification with its normalisation, and an ensemble's members), with LoRA
+    also `adapter/`; metrics.jsonl, reward_report.json and reward_report.html."""
     runtime = Runtime.start(seed=cfg.seed, precision=cfg.precision)
     resume = Resume.open(cfg, options, runtime, say=print)
     tokenizer = load_tokenizer(cfg.model)

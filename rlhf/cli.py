@@ -15,7 +15,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 import rlhf
-from rlhf import cli_label, config, runs
+from rlhf import cli_label, cli_reward, config, runs
+from rlhf.cli_groups import STAGE
 from rlhf.errors import LabelsPending, RlhfError
 
 app = typer.Typer(
@@ -77,12 +78,15 @@ def _command(stage: str, app: typer.Typer, name: str) -> None:
         _shielded(lambda: run_stage(stage, config_name, overrides or [], options, dry_run=dry_run))
 
 
+GROUPS = {"label": cli_label.app, "reward": cli_reward.app}
+
 for _stage in MODULES:
-    if _stage == "label":
-        _command(_stage, cli_label.app, cli_label.STAGE)
-        app.add_typer(cli_label.app, name=_stage)
+    if _stage in GROUPS:
+        _command(_stage, GROUPS[_stage], STAGE)
+        app.add_typer(GROUPS[_stage], name=_stage)
     else:
         _command(_stage, app, _stage)
+app.add_typer(cli_reward.rollouts_app, name="rollouts")
 
 
 def _show_version(wanted: bool) -> None:
@@ -206,3 +210,4 @@ def _refuse(title: str, message: str, fix: str) -> NoReturn:
 
 
 cli_label.add_tools(_shielded)
+cli_reward.add_tools(_shielded)

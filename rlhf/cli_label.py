@@ -7,27 +7,14 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from rlhf import config
-
-STAGE = "run"
-"""The command that stands for no command: `rlhf label CONFIG`."""
+from rlhf.cli_groups import StageOrTool
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="a labeling project's YAML file, or the name of a shipped one")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="override single keys")]
-
-
-class StageOrTool(TyperGroup):
-    """A first word that is no command is the stage's CONFIG."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As the base class, with the stage's command put in front of anything else."""
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = [STAGE, *args]
-        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -71,8 +58,9 @@ def add_tools(shielded: Callable[[Callable[[], None]], None]) -> None:
         format: Annotated[str, typer.Option(help="hh, preference, ranking, tldr, ultrafeedback, ...")] = "auto",
         with_labels: Annotated[bool, typer.Option("--with-labels", help="store the file's labels, too")] = False,
         gold: Annotated[bool, typer.Option("--gold", help="its labels are the answers of gold questions")] = False,
+        max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="malformed rows to leave out")] = 0.0,
     ) -> None:
-        tool("importing", config_name, overrides, file, format, with_labels, gold)
+        tool("importing", config_name, overrides, file, format, with_labels, gold, max_bad_fraction)
 
     @app.command(help="Preference files for training, raw judgments, and the agreement report.")
     def export(config_name: ConfigArgument, overrides: Overrides = None) -> None:

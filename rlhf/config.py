@@ -191,17 +191,35 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 def validate(data: dict[str, Any], stage: str, source: str) -> Any:
     """Check `data` against the stage's model; see `load`."""
-    model = STAGES[stage]
+    fix = "correct the keys above, in the file or with a.b=c on the command line"
+    return _validated(STAGES[stage], data, source, f"the {stage} configuration", fix)
+
+
+def from_arguments(model: type[BaseModel], given: dict[str, Any], overrides: Iterable[str], *, command: str) -> Any:
+    """The validated settings of a command that reads no configuration file.
+
+    Args:
+        given: what stands on the command line by itself.
+        overrides: `a.b=c`; the value is read as YAML.
+
+    Raises:
+        ConfigError: naming every key at fault.
+    """
+    data = dict(given)
+    for override in overrides:
+        _apply(data, override)
+    return _validated(model, data, command, "its settings", "correct them on the command line, as a.b=c")
+
+
+def _validated(model: type[BaseModel], data: dict[str, Any], source: str, what: str, fix: str) -> Any:
     try:
         return model.model_validate(data)
     except ValidationError as error:
         listed: set[str] = set()
         lines = [_explain(model, e, listed) for e in error.errors()]
         count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
-        raise ConfigError(
-            f"{source}: {count} in the {stage} configuration\n" + "\n".join(f"  - {line}" for line in lines),
-            fix="correct the keys above, in the file or with a.b=c on the command line",
-        ) from None
+        listing = "\n".join(f"  - {line}" for line in lines)
+        raise ConfigError(f"{source}: {count} in {what}\n{listing}", fix=fix) from None
 
 
 def _explain(model: type[BaseModel], error: Any, listed: set[str]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf.config_schema import PPOStage, RewardStage, SFTStage, TuningConfig
 from rlhf.functional.logprobs import CPU_TILE, GPU_TILE
@@ -321,7 +321,11 @@ def of_supervised(cfg: SFTStage | RewardStage, dims: Dimensions, setup: Setup) -
     how = forward_of(cfg.tuning, cfg.precision, through, width=cfg.max_length, recomputes=recomputes)
     rows = min(cfg.micro_batch_size, cfg.batch_size) * (1 if is_sft else 2)
     learner = Learner.of(dims, cfg.tuning, how, scalar=not is_sft)
-    memory = learner.memory(setup, rows=rows, width=cfg.max_length, actions=0)
+    ensemble = None if isinstance(cfg, SFTStage) else cfg.ensemble
+    # Adapters of an ensemble go through all layers one after the other, and then through one backward.
+    passes = ensemble.members if ensemble is not None and ensemble.kind == "adapters" else 1
+    memory = learner.memory(setup, rows=rows * passes, width=cfg.max_length, actions=0)
+    memory = replace(memory, gradients=passes * memory.gradients, optimizer=passes * memory.optimizer)
     logits = 2.0 * (how.size + 4) * rows * cfg.max_length * dims.vocabulary if is_sft else 0.0
     memory += Memory(logits=logits)
     buckets = memory.gradients / 2 if setup.stage == 0 and setup.ranks > 1 else 0.0

@@ -1,9 +1,9 @@
-"""Texts that try to run script, load something, leave their box or take over a page; each calls `alert` or `owned`."""
+"""Texts that try to run script, load something, leave their box or take over a page.
+
+Each would call `alert` or `owned`, or ask evil.example.
+"""
 
 from __future__ import annotations
-
-FAR = "https://evil.example"
-"""Nothing may ever be asked of this address."""
 
 HTML = [
     "<script>alert(1)</script>",

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from rlhf import cli, cli_label
-from rlhf.cli import HELP, MODULES, app
+from rlhf import cli
+from rlhf.cli import GROUPS, HELP, MODULES, app
+from rlhf.cli_groups import STAGE
 
 SCREEN = 40
 """Lines; what a terminal shows at once."""
@@ -328,7 +329,7 @@ def test_help_names_every_stage() -> None:
 
 @pytest.mark.parametrize("stage", sorted(MODULES))
 def test_help_of_a_stage(stage: str) -> None:
-    words = [stage, cli_label.STAGE] if stage == "label" else [stage]
+    words = [stage, STAGE] if stage in GROUPS else [stage]
     result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert all(

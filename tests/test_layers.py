@@ -29,11 +29,10 @@ LAYERS = [
     "rlhf.data rlhf.data.* rlhf.models rlhf.models.*",
     "rlhf.rollout rlhf.rollout.* rlhf.supervised rlhf.supervised.* rlhf.eval rlhf.eval.* "
     "reward_model.model reward_model.ensemble reward_model.data reward_model.packing reward_model.finish "
-    "reward_model.calibrate reward_model.measure "
-    "reward_model.labeling reward_model.labeling.*",
-    "rlhf.stages rlhf.stages.* reward_model.train",
-    "rlhf.cli rlhf.cli_label rlhf.__main__ rlhf.dry_run rlhf.doctor rlhf.plan rlhf.planning rlhf.footprint "
-    "rlhf.machine",
+    "reward_model.calibrate reward_model.measure reward_model.labeling reward_model.labeling.*",
+    "rlhf.stages rlhf.stages.* reward_model.train reward_model.evaluate reward_model.score_rollouts",
+    "rlhf.cli rlhf.cli_groups rlhf.cli_label rlhf.cli_reward rlhf.__main__ rlhf.dry_run rlhf.doctor rlhf.plan "
+    "rlhf.planning rlhf.footprint rlhf.machine",
 ]
 OWNERS = {
     "accelerate": {"rlhf.runtime"},

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from reward_model.labeling import admin_pages, api, pages
+from reward_model.labeling import accounts, admin_pages, api, pages
 from reward_model.labeling.access import Site
 from reward_model.labeling.security import HEADERS, Guard, Refused, check_bind
 from reward_model.labeling.store import LabelStore
@@ -42,6 +42,8 @@ def make_app(store: LabelStore, cfg: LabelingStage) -> FastAPI:
         ConfigError: it would be open to other machines without accounts.
     """
     check_bind(cfg.serve)
+    if cfg.serve.accounts:
+        accounts.nobodys_hash()  # made now: the first unknown name would take twice as long
     # No pages about the API, and no slash added to paths: every path here is one of ours, as it is.
     app = FastAPI(title=cfg.title, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.site = site = Site(store, cfg, pages.make_templates())

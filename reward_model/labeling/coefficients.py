@@ -65,9 +65,7 @@ def alpha(counts_IC: np.ndarray, level: Literal["nominal", "ordinal"]) -> Figure
         return Figure(None, note=note)
     import krippendorff
 
-    # A category that nobody used stands at no distance from its neighbours: leaving it out changes nothing.
-    used_IC = pairable_IC[:, pairable_IC.any(0)]
-    value = krippendorff.alpha(value_counts=used_IC, level_of_measurement=level)
+    value = krippendorff.alpha(value_counts=pairable_IC, level_of_measurement=level)
     return Figure(float(value), n=len(pairable_IC))
 
 

@@ -7,13 +7,15 @@ Importing a file twice adds nothing the second time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reward_model.labeling.history import Shown, record_answer
 from reward_model.labeling.imports import PARSERS, Imported
 from reward_model.labeling.other_tools import READERS
-from reward_model.labeling.records import Answer, Item, canonical_ranks
+from reward_model.labeling.records import Answer, canonical_ranks, neutral_order
 from reward_model.labeling.store import LabelStore
 from rlhf.config import did_you_mean
 from rlhf.config_labeling import LabelingStage
@@ -27,13 +29,21 @@ FORMATS = {**PARSERS, **READERS}
 _SHOWN = 5  # bad rows named in a message
 
 
-def main(cfg: LabelingStage, file: str, format: str = "auto", with_labels: bool = False, gold: bool = False) -> None:
+def main(
+    cfg: LabelingStage,
+    file: str,
+    format: str = "auto",
+    with_labels: bool = False,
+    gold: bool = False,
+    max_bad_fraction: float = 0.0,
+) -> None:
     """Queue the items of `file`, and say what was added.
 
     Args:
         format: one of `FORMATS`, or auto.
         with_labels: store the file's labels, too, under the names of imported annotators.
         gold: the file's labels are the known answers of gold questions.
+        max_bad_fraction: of the rows may be malformed; they are left out and named.
 
     Raises:
         DataError: rows are malformed; nothing is added.
@@ -41,7 +51,7 @@ def main(cfg: LabelingStage, file: str, format: str = "auto", with_labels: bool 
     """
     if with_labels and gold:
         raise ConfigError("--with-labels and --gold exclude each other", fix="import gold questions by themselves")
-    imported = merge(read(file, format))
+    imported = merge(read(file, format, max_bad_fraction))
     for entry in imported:
         entry.item.source, entry.item.wanted = file, cfg.judgments_per_item
         entry.item.batch = entry.item.batch or cfg.queue.batch
@@ -52,13 +62,13 @@ def main(cfg: LabelingStage, file: str, format: str = "auto", with_labels: bool 
         what = "gold questions" if gold else "items"
         print(f"{file}: {added.new} new {what}, {added.known} known")
         if with_labels:
-            labels = sum(record(store, entry) for entry in imported)
+            labels = record(store, imported)
             names = sorted({said.annotator for entry in imported for said in entry.said})
             print(f"  {labels} labels by {len(names)} annotators: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
 
 
-def read(file: str, format: str = "auto") -> list[Imported]:
-    """The rows of a file in order, each with its place.
+def read(file: str, format: str = "auto", max_bad_fraction: float = 0.0) -> list[Imported]:
+    """The rows of a file in order, each with its place; malformed ones, where they are tolerated, are named.
 
     Raises:
         DataError: no such file, no rows, or malformed ones: the first of them by file, line and key.
@@ -81,13 +91,20 @@ def read(file: str, format: str = "auto") -> list[Imported]:
         except FieldError as error:
             bad.append(BadRow(row.where, f"{error.message}; {error.fix}"))
     if bad:
-        listed = "\n".join(f"  - {row}" for row in bad[:_SHOWN])
-        more = f"\n  - and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        fix = "correct or remove these rows, or set --format if it was taken wrongly"
-        raise DataError(f"{file}, read as {format}: {len(bad)} rows are malformed\n{listed}{more}", fix=fix)
+        _judge(file, format, bad, len(found) + len(bad), max_bad_fraction)
     if not found:
         raise DataError(f"{file} has no rows", fix="give a file with at least one row")
     return found
+
+
+def _judge(file: str, format: str, bad: list[BadRow], total: int, max_bad_fraction: float) -> None:
+    listed = "\n".join(f"  - {row}" for row in bad[:_SHOWN])
+    listed += f"\n  - and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    summary = f"{file}, read as {format}: {len(bad)} of {total} rows are malformed"
+    if len(bad) > max_bad_fraction * total:
+        fix = "correct these rows, leave them out with --max-bad-fraction, or set --format if it was taken wrongly"
+        raise DataError(f"{summary}\n{listed}", fix=fix)
+    print(f"{summary} and left out\n{listed}")
 
 
 def detect(fields: Fields) -> str:
@@ -113,13 +130,13 @@ def detect(fields: Fields) -> str:
 
 
 def merge(entries: list[Imported]) -> list[Imported]:
-    """One entry per prompt and set of responses; answers are turned to the order of the first row."""
+    """One entry per prompt and set of responses, in the order of the first rows; responses in neutral order."""
     merged: dict[str, Imported] = {}
     for entry in entries:
-        texts = [response.text for response in entry.item.responses]
-        same = Item(entry.item.prompt, sorted(entry.item.responses, key=lambda r: r.text), entry.item.kind).key
-        first = merged.setdefault(same, Imported(entry.item, [], entry.where))
-        order = [texts.index(response.text) for response in first.item.responses]
+        item = entry.item
+        order = neutral_order(item.responses)
+        item.responses = [item.responses[i] for i in order]
+        first = merged.setdefault(item.key, Imported(item, [], entry.where))
         for said in entry.said:
             said.answer = reordered(said.answer, order)
             first.said.append(said)
@@ -150,26 +167,27 @@ def gold_ranks(entry: Imported) -> list[int]:
     return list(*answers)
 
 
-def record(store: LabelStore, entry: Imported) -> int:
-    """Stores the labels of one item; returns how many. A second row of one annotator is a second presentation."""
-    seen: dict[str, int] = {}
-    order = list(range(len(entry.item.responses)))
-    for said in entry.said:
-        presentation = seen[said.annotator] = seen.get(said.annotator, -1) + 1
-        digest = hashlib.sha256(
-            f"{entry.item.key}/{said.annotator}/{presentation}/{_plain(said.answer)}".encode()
-        ).hexdigest()
-        store.record(
-            said.annotator,
-            said.labeler,
-            entry.item.key,
-            order,
-            said.answer,
-            presentation=presentation,
-            submission_id=f"import-{digest[:32]}",
-        )
-    return len(entry.said)
+def record(store: LabelStore, imported: Sequence[Imported]) -> int:
+    """Stores the labels of queued items, all or none; returns how many.
 
-
-def _plain(answer: Answer) -> Mapping[str, Any]:
-    return dict(sorted(vars(answer).items()))
+    A second answer of one annotator to one item is a second presentation.
+    """
+    users = {
+        (said.annotator, said.labeler): store.ensure_user(said.annotator, role="annotator", labeler=said.labeler)
+        for entry in imported
+        for said in entry.said
+    }
+    labels = 0
+    with store.begin() as session:
+        for entry in imported:
+            presentations: Counter[str] = Counter()
+            order = list(range(len(entry.item.responses)))
+            for said in entry.said:
+                shown = Shown(entry.item.key, order, presentations[said.annotator])
+                presentations[said.annotator] += 1
+                content = f"{shown}/{said.annotator}/{sorted(vars(said.answer).items())}"
+                submission_id = f"import-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
+                user_id = users[said.annotator, said.labeler]
+                record_answer(session, user_id, shown, said.answer, submission_id, store.clock())
+                labels += 1
+    return labels

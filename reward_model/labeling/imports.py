@@ -115,7 +115,9 @@ def _from_ranking(name: str) -> Parser:
     def parse(fields: Fields) -> Imported:
         ranking = RANKINGS[name](fields)
         meta = ranking.meta if name == "ranking" else scalar_meta(fields)
-        policies = meta.get("policies") or [meta.get("chosen_policy", ""), meta.get("rejected_policy", "")]
+        policies = meta.get("policies")
+        if not isinstance(policies, list):
+            policies = [meta.get("chosen_policy", ""), meta.get("rejected_policy", "")]
         item = item_of(ranking.prompt, _candidates(ranking, policies))
         item.prompt_id = str(ranking.prompt_id or meta.get("prompt_id") or item.prompt_id)[:MAX_NAME]
         item.meta = {key: meta[key] for key in ("sampling",) if meta.get(key)}
@@ -132,8 +134,8 @@ def _candidates(ranking: Ranking, policies: Sequence[Any]) -> list[Candidate]:
 
 def _label_of(ranking: Ranking, meta: Mapping[str, Any], fields: Fields, name: str) -> Said:
     """Our own files say who labeled; of others, people are taken to have done so."""
-    known: dict[Any, Labeler] = {label: labeler for labeler, label in LABELERS.items()}
-    labeler = known.get(meta.get("labels"), "person")
+    known: dict[str, Labeler] = {label: labeler for labeler, label in LABELERS.items()}
+    labeler = known.get(str(meta.get("labels")), "person")
     if (scores := _binarised_scores(fields)) is not None:
         return Said(f"{RATED}imported", "judge", answer_of_ranks([-score for score in scores]))
     rated = RATED if meta.get("label_source") == "ratings" else ""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward_model.labeling.records import Candidate, Item
+from reward_model.labeling.records import Candidate, Item, neutral_order
 from reward_model.labeling.store import LabelStore
 from rlhf.config import resolve_path
 from rlhf.config_labeling import LabelingStage, QueueConfig
@@ -197,9 +197,10 @@ def interleave(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
 def item_of(option: Option, pool: Pool, cfg: LabelingStage, sampling: str, priority: float) -> Item:
     """The item of these responses."""
     value = {} if option.value is None else {"disagreement": round(option.value, 6)}
+    responses = [pool.responses[i] for i in option.members]
     return Item(
         prompt=pool.prompt,
-        responses=[pool.responses[i] for i in option.members],
+        responses=[responses[i] for i in neutral_order(responses)],
         kind=cfg.queue.kind,
         prompt_id=pool.prompt_id,
         source=", ".join(pool.sources),

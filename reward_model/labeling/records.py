@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +34,16 @@ class Candidate:
     policy: str = ""
     tokens: list[int] | None = None
     score: float | None = None
+
+
+def neutral_order(responses: Sequence[Candidate]) -> list[int]:
+    """Indices of the responses, sorted by a hash of their texts.
+
+    Files name the chosen one first, and buffers the older model's: numbered so, "response 0" would mostly win, and
+    coefficients of agreement take a common answer for chance. A hash knows nothing of either.
+    """
+    hashes = [hashlib.sha256(response.text.encode("utf-8", "surrogatepass")).digest() for response in responses]
+    return sorted(range(len(responses)), key=lambda i: hashes[i])
 
 
 @dataclass

@@ -70,7 +70,8 @@ def listen(serve: ServeConfig) -> socket.socket:
     host = "127.0.0.1" if serve.host == "localhost" else serve.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, serve.port), family=family, backlog=2048)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((host, serve.port), family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
         fix = _BIND_FIXES.get(error.errno or 0, "check serve.host and serve.port")
         reason = str(error.strerror).partition(" (while")[0]  # Python names the address there, which we do too

@@ -100,7 +100,7 @@ def _trust(report: Report) -> dict[str, Any]:
         ),
         _figure(
             "Accuracy by disagreement",
-            _parts(by_disagreement, ["agree", "2nd", "3rd", "disagree"]),
+            _parts(by_disagreement, ["agree", "2nd", "3rd", "differ"]),
             "Quarters of the pairs by the members' disagreement. Falls, where disagreement is worth a label.",
         ),
     )
@@ -125,7 +125,7 @@ def _length(report: Report) -> dict[str, Any]:
         ),
         _figure(
             "Accuracy by length gap",
-            _parts(gaps, [f"{show_fixed(part['from'], 0)}\u2026{show_fixed(part['to'], 0)}" for part in gaps]),
+            _parts(gaps, [f"to {show_fixed(part['to'], 0)}" for part in gaps]),
             "Quarters of the pairs by tokens that the better one is longer. Low at the top: it misses short good ones.",
         ),
     )

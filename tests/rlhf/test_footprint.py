@@ -173,3 +173,18 @@ def test_a_reward_model_reads_pairs(stage_config: Any, tiny: Any, tmp_path: Path
     assert isinstance(stage_config("reward", dataset={"path": str(file)}), RewardStage)
     assert two.total.activations == 2 * one.total.activations
     assert two.total.logits == 0
+
+
+def test_an_ensemble_of_adapters_keeps_the_activations_of_all(stage_config: Any, tiny: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rankings.jsonl"
+    file.write_text(json.dumps({"prompt": "why", "responses": ["a", "b"], "ranks": [1, 2]}) + "\n")
+    given = {"dataset": {"path": str(file)}, "tuning": {"kind": "lora", "rank": 4}}
+    dims = dimensions_of(load_config(tiny.reward), scalar=True)
+    ensembles = (None, {"members": 3}, {"members": 3, "kind": "adapters"})
+    single, heads, adapters = (
+        of_supervised(stage_config("reward", **given, ensemble=ensemble), dims, Setup()).total for ensemble in ensembles
+    )
+    assert heads == single
+    for key in ("activations", "optimizer", "gradients"):
+        assert getattr(adapters, key) == 3 * getattr(single, key) > 0
+    assert adapters.weights == single.weights

@@ -419,7 +419,7 @@ function refused({ status, text }) {
     const text = storage.read("pending") ? kept : "";
     notice("logged-out", "You are logged out", text, "Log in", () => location.assign("/login"));
   } else if (status === 409) {
-    const calm = `${text} Nothing is wrong: go on with the next one.`;
+    const calm = `${text} What you judged before is stored.`;
     notice("lost", "This item went to somebody else", calm, "Next item", load);
   } else {
     const why = text || `The answer was ${status}.`;

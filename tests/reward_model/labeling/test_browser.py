@@ -16,18 +16,17 @@ import hostile_texts
 import pytest
 import uvicorn
 
-from reward_model import train
-from reward_model.labeling import accounts, app, export, serve
+from reward_model.labeling import accounts, app, serve
 from reward_model.labeling.records import Candidate, Item, Judgment
 from reward_model.labeling.schema import SessionRow
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
-from rlhf.runs import RunOptions
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 GUARD_MS = 270
 """A little longer than a new item takes no answer."""
+TIMEOUT_MS = 20_000
 
 
 def expect(locator: Any) -> Any:
@@ -55,6 +54,7 @@ class Site:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
+    sync_api.expect.set_options(timeout=TIMEOUT_MS)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -98,7 +98,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
 
     def open_page(url: str, script: str = "", **options: Any) -> Any:
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
-        context.set_default_timeout(8000)
+        context.set_default_timeout(TIMEOUT_MS)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -285,7 +285,7 @@ def test_ranking_by_pointer_and_undo(served: Any, opened: Any) -> None:
 
 
 def test_two_annotators_at_once(served: Any, opened: Any) -> None:
-    """One judgment per item: the two share the items, and nobody gets one that the other has or had."""
+    """Of items with one judgment each, nobody gets one that the other has or had."""
     site = served(pairs(6), serve={"accounts": True})
     pages = []
     for name in ("ann", "bob"):
@@ -303,6 +303,16 @@ def test_two_annotators_at_once(served: Any, opened: Any) -> None:
     for page in pages:
         state(page, "empty")
     assert sorted(judgment.annotator for judgment in site.judgments()) == ["ann"] * 3 + ["bob"] * 3
+    # Two judgments are wanted of a new item: both get it, without a reload, and with the sides the other way round.
+    site.store.add_items([Item("For both", [Candidate("x"), Candidate("y")], wanted=2)])
+    for page in pages:
+        page.clock.fast_forward(16_000)
+        state(page, "pair")
+    assert sorted(texts(page)[0] for page in pages) == ["x", "y"]
+    for page in pages:
+        press(page, "1")
+        state(page, "empty")
+    assert [judgment.annotator for judgment in site.judgments()[6:]] == ["ann", "bob"]
 
 
 def test_wrong_answers_to_gold_questions_pause(served: Any, opened: Any) -> None:
@@ -388,6 +398,7 @@ def test_an_answer_whose_receipt_was_lost_is_stored_once(served: Any, opened: An
 
     page.route("**/api/judgments", lose_first)
     press(page, "5")
+    state(page, "pair")
     assert lost == [200]
     assert [judgment.answer.value for judgment in site.judgments(effective=False)] == [1]
 
@@ -428,17 +439,19 @@ def test_an_undo_whose_answer_was_lost_is_not_repeated(served: Any, opened: Any)
 def test_a_double_press_or_a_held_key_judges_one_item(served: Any, opened: Any) -> None:
     site = served(pairs(4))
     page = opened(site.url)
-    page.clock.fast_forward(GUARD_MS)
-    before = app_of(page).get_attribute("data-assignment")
-    page.keyboard.press("1")
-    page.keyboard.press("1")
-    expect(app_of(page)).not_to_have_attribute("data-assignment", before)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if "judgments" in request.url else None)
+    with another_item(page):
+        page.keyboard.press("1")
+        page.keyboard.press("1")
     page.keyboard.press("1")  # at once after the next item came
+    with another_item(page):
+        page.keyboard.down("2")
     page.clock.fast_forward(GUARD_MS)
-    for _ in range(3):
-        page.keyboard.down("2")  # all but the first are repetitions of a held key
-        page.clock.fast_forward(GUARD_MS)
+    page.keyboard.down("2")  # held: the browser repeats it
     page.keyboard.up("2")
+    page.wait_for_timeout(100)
+    assert len(sent) == 2
     assert [judgment.answer.value for judgment in site.judgments()] == [-3, -2]
 
 
@@ -626,7 +639,7 @@ def test_hostile_texts_execute_nothing(served: Any, opened: Any) -> None:
     assert next(notes, None) is None
     press(page, "u")  # the last note comes back, into the page's own field
     assert page.evaluate(FORBIDDEN) == []
-    page.goto(f"{site.url}/admin", timeout=30_000)
+    page.goto(f"{site.url}/admin")
     expect(page.locator("#flagged")).to_contain_text("alert(1)")
     assert page.evaluate(FORBIDDEN) == []
 
@@ -660,9 +673,10 @@ def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
     page.keyboard.press("f")
     page.keyboard.type("broken")
     press(page, "Enter")
-    page.get_by_role("link", name="Admin").click(timeout=30_000)
+    page.get_by_role("link", name="Admin").click()
     expect(page.locator("#progress")).to_contain_text("2of 4 judgments")
-    expect(page.locator("#annotators tbody th")).to_have_text(["ada"])
+    # The figures are computed beside the requests: the page comes without them, and loads again.
+    expect(page.locator("#annotators tbody th")).to_have_text(["ada"], timeout=60_000)
     expect(page.locator("#flagged")).to_contain_text("broken")
     assert page.evaluate("document.documentElement.scrollWidth") == 1280
     page.set_viewport_size({"width": 390, "height": 844})
@@ -674,6 +688,10 @@ def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
 
 def test_what_was_clicked_trains_a_reward_model(served: Any, opened: Any, stage_config: Any) -> None:
     """From the keys to a reward model that ranks held-out prompts as the annotator did."""
+    from reward_model import train  # brings torch, which nothing else here needs
+    from reward_model.labeling import export
+    from rlhf.runs import RunOptions
+
     good, poor = "the sun is hot", "rain and rain and rain"
     topics = "star light moon sea sky blue red water cloud wind tree leaf bird fish"
     answers = [Candidate(good), Candidate(poor)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,17 @@ def test_malformed_rows_are_named_by_file_line_and_key(
         node = node[part]
     node[path[-1]] = value
     file = write(tmp_path / "rows.jsonl", ROWS[name], bad)
-    with pytest.raises(DataError, match=rf"read as {name}: 1 rows are malformed\n  - .*rows.jsonl:2: key '{key}'"):
+    with pytest.raises(DataError, match=rf"read as {name}: 1 of 2 rows are malformed\n  - .*rows.jsonl:2: key '{key}'"):
         read(file)
+
+
+def test_tolerated_rows_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = write(tmp_path / "rows.jsonl", TLDR, TLDR | {"choice": 5}, TLDR | {"worker": "w8"})
+    assert len(read(file, max_bad_fraction=0.34)) == 2
+    assert "1 of 3 rows are malformed and left out" in (out := capsys.readouterr().out)
+    assert "rows.jsonl:2: key 'choice' is 5" in out
+    with pytest.raises(DataError, match="1 of 3 rows are malformed"):
+        read(file, max_bad_fraction=0.3)
 
 
 def test_what_holds_no_comparison_is_refused(tmp_path: Path) -> None:
@@ -226,12 +236,30 @@ def test_whatever_stands_at_a_key_a_row_is_read_or_named(data: st.DataObject) ->
 # --- merging, labels, gold ------------------------------------------------------------------------------------
 
 
+def best_of(entry: Any) -> list[tuple[str, set[str]]]:
+    """Who said which texts to be the best."""
+    texts = [response.text for response in entry.item.responses]
+    return [
+        (said.annotator, {t for t, rank in zip(texts, said.answer.ranks or [], strict=True) if rank == 1})
+        for said in entry.said
+    ]
+
+
 def test_rows_about_the_same_responses_are_one_item_whatever_their_order() -> None:
     other = copy.deepcopy(TLDR) | {"summaries": TLDR["summaries"][::-1], "worker": "w8"}  # picks what stood first
-    (entry,) = merge([one(TLDR), one(other)])
-    assert heard(entry) == [("w7", "person", "rank", [2, 1]), ("w8", "person", "rank", [1, 2])]
+    for rows in ((TLDR, other), (other, TLDR)):
+        (entry,) = merge([one(row) for row in rows])
+        assert sorted(best_of(entry)) == [("w7", {"Found keys."}), ("w8", {"Lost keys."})]
     assert reordered(Answer("compare", 2), [1, 0]).value == -2
     assert reordered(Answer("rank", ranks=[1, 2, 3]), [2, 0, 1]).ranks == [3, 1, 2]
+
+
+def test_chosen_ones_are_not_always_the_first_response() -> None:
+    rows = [{"prompt": str(i), "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(400)]
+    entries = merge([one(row) for row in rows])
+    assert [best_of(entry)[0][1] for entry in entries] == [{f"good {i}"} for i in range(400)]
+    first = sum(entry.item.responses[0].text.startswith("good") for entry in entries)
+    assert abs(first - 200) < 4 * math.sqrt(100)
 
 
 def stage(folder: Path, **export_keys: Any) -> LabelingStage:
@@ -248,10 +276,10 @@ def test_items_come_with_or_without_their_labels_and_once(tmp_path: Path, capsys
     for _ in range(2):
         importing.main(cfg, file, with_labels=True)
         with LabelStore.open(cfg) as store:
-            assert [(j.annotator, j.labeler, j.ranks) for j in store.judgments(effective=False)] == [
-                ("w7", "person", [2, 1]),
-                ("w8", "person", [1, 2]),
-            ]
+            (item,), judgments = store.items(), store.judgments(effective=False)
+            best = [item.responses[(j.ranks or []).index(1)].text for j in judgments]
+            assert [j.annotator for j in judgments] == ["w7", "w8"]
+            assert best == ["Found keys.", "Lost keys."]
     out = capsys.readouterr().out
     assert "1 new items, 0 known" in out
     assert "2 labels by 2 annotators: w7, w8" in out
@@ -262,7 +290,12 @@ def test_gold_questions_take_the_files_labels_as_known_answers(tmp_path: Path) -
     file = write(tmp_path / "gold.jsonl", ROWS["ranking"])
     importing.main(cfg, file, gold=True)
     with LabelStore.open(cfg) as store:
-        assert [item.gold_ranks for item in store.items()] == [[2, 1, 1]]
+        (item,) = store.items()
+        assert {r.text: rank for r, rank in zip(item.responses, item.gold_ranks or [], strict=True)} == {
+            "a": 2,
+            "b": 1,
+            "c": 1,
+        }
     with pytest.raises(ConfigError, match="exclude each other"):
         importing.main(cfg, file, gold=True, with_labels=True)
     tied = {**ROWS["ranking"], "ranks": [1, 1, 1]}
@@ -302,8 +335,7 @@ def _stored_and_labeled(folder: Path, entries: list[Any]) -> Any:
     cfg = stage(folder)
     with LabelStore.open(cfg) as store:
         store.add_items(entry.item for entry in entries)
-        for entry in entries:
-            importing.record(store, entry)
+        importing.record(store, entries)
         return label_items(store.items(), store.item_states(), store.judgments(), cfg.export)
 
 

@@ -39,7 +39,7 @@ def stage(**queue_keys: Any) -> LabelingStage:
 
 
 def texts(item: Any) -> tuple[str, ...]:
-    return tuple(response.text for response in item.responses)
+    return tuple(sorted(response.text for response in item.responses))
 
 
 def test_responses_of_all_files_meet_and_repeated_ones_do_not(tmp_path: Path) -> None:
@@ -81,6 +81,12 @@ def test_every_pair_of_a_prompt_is_drawn_equally_often() -> None:
     assert len(counts) == 3
     for n in counts.values():
         assert abs(n - 1000) < 4 * math.sqrt(1000 * 2 / 3)  # four standard errors
+
+
+def test_the_number_of_a_response_says_nothing_of_its_place_in_the_buffer() -> None:
+    """Else the newer model's would be response 1 of every pair."""
+    first = sum(item.responses[0].text.endswith(" 0") for item in choose_items(pools(1000, 2), stage()))
+    assert abs(first - 500) < 4 * math.sqrt(250)
 
 
 def test_fewer_pairs_than_asked_for_and_a_limit() -> None:

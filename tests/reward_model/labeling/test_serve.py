@@ -108,6 +108,13 @@ def test_an_address_that_cannot_be_had_is_a_clear_error() -> None:
     assert "an address of this machine" in foreign.value.fix
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_a_bind_to_all_of_ipv6_is_one_to_ipv4_too() -> None:
+    with serve.listen(ServeConfig(host="::", port=0, accounts=True)) as listener:
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, listener.getsockname()[1]), timeout=5).close()
+
+
 @pytest.mark.parametrize(
     ("settings", "url"),
     [

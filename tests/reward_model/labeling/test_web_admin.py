@@ -16,6 +16,7 @@ from reward_model.labeling import figures
 from reward_model.labeling.figures import DAY_MS, HOUR_MS, Agreement, Period
 from reward_model.labeling.records import Answer, Item
 
+REFRESH = '<meta http-equiv="refresh" content="3; url=/admin">'
 TIMES = [1000, 2000, 3000, 4000, 5000, 6000, 7000, 8000, 9000, 60_000]
 
 
@@ -232,9 +233,15 @@ def test_nobody_waits_for_a_slow_report(web: Web, monkeypatch: pytest.MonkeyPatc
         assert page.status_code == 200
         assert page.text.count("The figures are being computed") == 2
         assert "Raw agreement" not in page.text
+        assert REFRESH in page.text
+    made = root.form("/admin/invites", {"role": "viewer"}).text
+    assert "/invite/" in made
+    assert REFRESH not in made, "a link that is shown once would vanish"
     release.set()
     agreement.patience = 120.0
-    assert "Raw agreement" in root.get("/admin").text
+    page = root.get("/admin").text
+    assert "Raw agreement" in page
+    assert REFRESH not in page
     assert calls == [1], "one report at a time"
 
 
