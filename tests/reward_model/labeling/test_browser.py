@@ -562,6 +562,10 @@ def test_a_phone_needs_no_horizontal_scrolling(served: Any, opened: Any, scheme:
 
     def check() -> None:
         assert page.evaluate("document.documentElement.scrollWidth") == 390
+        # What is wide scrolls in a box of its own; a box that stuck out would be cut off.
+        assert page.evaluate(
+            "[...document.querySelectorAll('pre, table')].every((e) => e.getBoundingClientRect().right < 390)"
+        )
 
     for key in ("r", "r", "d", "d", "p", "n", "?"):
         page.keyboard.press(key)
