@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_what_is_no_verdict_is_no_label_and_not_asked_again(
     judge = open_judge(answer=answer)
     assert labels(run(judge, contests(1))) == [None]
     assert report(judge, 1)["failures"] == {kind: 2}
+    assert said[:9] in json.dumps(report(judge, 1)["failure_examples"][kind]).replace("\\", "")
     judge.close()
     again = open_judge(answer=answer)
     assert labels(run(again, contests(1))) == [None]
