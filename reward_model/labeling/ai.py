@@ -39,7 +39,8 @@ def main(cfg: LabelingStage) -> None:
     if cfg.judge is None:
         raise ConfigError("the labeling project has no judge", fix="add a block `judge:` with a model")
     with LabelStore.open(cfg) as store:
-        items = store.items()
+        states = store.item_states()
+        items = [item for item in store.items() if states[item.key] != "retired"]
         if not items:
             raise DataError("there are no items to judge", fix="queue some: rlhf label queue CONFIG")
         judge = open_judge(cfg.judge, cfg.run_dir, cfg.seed)

@@ -107,6 +107,15 @@ def test_a_failure_leaves_an_item_without_any_judgment(judge_server: JudgeServer
     assert saved_report(cfg)["failures"] == {"refusal": 1}
 
 
+def test_a_retired_item_is_not_judged(judge_server: JudgeServer, stage: Any) -> None:
+    cfg = stage()
+    with LabelStore.open(cfg) as store:
+        store.retire_item(2)
+    ai.main(cfg)
+    assert len(judge_server.asked) == 2 * 4 + 12
+    assert saved_report(cfg)["counts"]["items"] == 5
+
+
 def test_one_comparison_without_an_answer_leaves_a_ranking_unlabeled(judge_server: JudgeServer, stage: Any) -> None:
     judge_server.always = lambda first, second: 400 if (first, second) == (TEXTS[2], TEXTS[0]) else None
     cfg = stage()
