@@ -79,6 +79,20 @@ def tokenize_rankings(
     return out
 
 
+def refuse_mixed_sources(rankings: Sequence[Ranking], path: str) -> None:
+    """Ratings and comparisons are on no common scale: what one annotator rates alike, another one ranks.
+
+    Raises:
+        DataError: some of the rankings were derived from ratings (`label_source` in their meta), others not.
+    """
+    rated = sum(ranking.meta.get("label_source") == "ratings" for ranking in rankings)
+    if 0 < rated < len(rankings):
+        raise DataError(
+            f"{path}: {rated} of {len(rankings)} rankings were derived from ratings, the others are comparisons",
+            fix="train on one kind: keep the lines with `label_source` ratings, or those without",
+        )
+
+
 def _places(rankings: Sequence[Ranking]) -> list[str]:
     """Where each ranking stands, in the words of an error: "file.jsonl:12", or "ranking 12"."""
     if isinstance(rankings, Records) and rankings.places:
@@ -131,9 +145,12 @@ def split_by_prompt(
 
 
 def pad_scores(scores_N: Tensor, items: Sequence[RankedTokens]) -> tuple[Tensor, Tensor]:
-    """Flat scores of a batch of rankings as (scores_BK, mask_BK); K the largest of the batch."""
+    """Flat scores of a batch of rankings as (scores_BK, mask_BK); K the largest of the batch.
+
+    M members' scores, [N, M], become [B, K, M].
+    """
     counts = [len(item.rows) for item in items]
-    scores_BK = scores_N.new_zeros(len(items), max(counts))
+    scores_BK = scores_N.new_zeros(len(items), max(counts), *scores_N.shape[1:])
     mask_BK = torch.zeros(len(items), max(counts), dtype=torch.bool, device=scores_N.device)
     for b, part in enumerate(scores_N.split(counts)):
         scores_BK[b, : len(part)] = part

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward_model.data import RankedTokens, pad_scores, pairs_of, split_by_prompt, targets, tokenize_rankings
+from reward_model.data import (
+    RankedTokens,
+    pad_scores,
+    pairs_of,
+    refuse_mixed_sources,
+    split_by_prompt,
+    targets,
+    tokenize_rankings,
+)
+from reward_model.ensemble import Ensemble, disagreement, member_weights, start_ensemble
 from reward_model.losses import all_pairs, bradley_terry, centering, plackett_luce
 from reward_model.model import RewardModel, pad_tokens, save_reward_model
 from reward_model.packing import common_prefix, pack
@@ -28,7 +37,7 @@ from rlhf.eval.winrate import share_interval
 from rlhf.models.adapters import save_adapter
 from rlhf.models.load import load_tokenizer
 from rlhf.models.tuning import apply_tuning, build_optimizer, merge_tuning, parameter_groups, set_lr, storage_dtype
-from rlhf.models.value import NORMALISATION_FILE, ScalarModel, load_scalar_model
+from rlhf.models.value import NORMALISATION_FILE, ScalarModel, at_last_token, load_scalar_model
 from rlhf.progress import Progress
 from rlhf.resume import Resume
 from rlhf.runs import RunOptions
@@ -62,23 +71,40 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
         ) as tracker,
     ):
         train, heldout = load_items(cfg, tokenizer, progress)
-        scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype), new_head=True)
-        scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
-        handle = apply_tuning(scalar.classifier, cfg.tuning, runtime.dtype, head=scalar.classifier.score)
+        model, handle = start(cfg, runtime.dtype)
         with runtime.minding_sigterm():
-            fit(scalar, train, cfg, runtime, resume, progress, tracker)
-        keep_adapter(handle, scalar, train, cfg, runtime, tokenizer, progress)
+            fit(model, train, cfg, runtime, resume, progress, tracker)
+        keep_adapter(handle, model, train, cfg, runtime, tokenizer, progress)
         # What is measured from here on is what `final/` holds: adapters folded in, in the run's precision.
-        scalar.classifier = merge_tuning(handle).to(runtime.dtype)
-        scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
-        normalisation = normalise(scorer, scalar, train, cfg, tokenizer, progress)
+        classifier = finish(model, handle, runtime.dtype)
+        scorer = RewardModel(model, runtime, micro_batch_size=2 * cfg.micro_batch_size)
+        normalisation = normalise(scorer, model, train, cfg, tokenizer, progress)
         summary = {**evaluate(scorer, heldout, progress), **normalisation, "train_items": len(train)}
         tracker.summary(summary)
     final = Path(cfg.run_dir) / "final"
     if runtime.is_main:
-        save_reward_model(final, scalar.classifier, tokenizer, normalisation)
+        members = None if isinstance(model, ScalarModel) else model
+        save_reward_model(final, classifier, tokenizer, normalisation, members)
     runtime.barrier()
     return RunResult(cfg.run_dir, summary, {"reward_model": str(final)})
+
+
+def start(cfg: RewardStage, precision: torch.dtype) -> tuple[ScalarModel | Ensemble, Any]:
+    """The model to train, with raw scores, and what `apply_tuning` gave for it (for an ensemble's first member)."""
+    scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, precision), new_head=True)
+    scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
+    if cfg.ensemble is None:
+        return scalar, apply_tuning(scalar.classifier, cfg.tuning, precision, head=scalar.classifier.score)
+    ensemble = start_ensemble(scalar, cfg, precision)
+    return ensemble, ensemble.handle
+
+
+def finish(model: ScalarModel | Ensemble, handle: Any, dtype: torch.dtype) -> Any:
+    """End training; the plain transformers model in `dtype`, adapters folded in."""
+    if not isinstance(model, ScalarModel):
+        return model.plain(dtype)
+    model.classifier = merge_tuning(handle).to(dtype)
+    return model.classifier
 
 
 def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[list[RankedTokens], list[RankedTokens]]:
@@ -91,6 +117,7 @@ def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[li
     def read(source: DatasetConfig) -> list[RankedTokens]:
         rankings = read_rankings(source)
         progress.say(f"{source.path}: format {rankings.format}, {len(rankings)} rows")
+        refuse_mixed_sources(rankings, source.path)
         tokenized = tokenize_rankings(
             rankings, tokenizer, chat=source.chat, max_length=cfg.max_length, truncation=cfg.truncation
         )
@@ -121,7 +148,7 @@ def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[li
 
 
 def fit(
-    scalar: ScalarModel,
+    model: ScalarModel | Ensemble,
     train: Sequence[RankedTokens],
     cfg: RewardStage,
     runtime: Runtime,
@@ -130,11 +157,11 @@ def fit(
     tracker: Tracker,
 ) -> None:
     """`epochs` passes over the rankings, in an order that depends on (seed, step) alone; ends training."""
-    groups = parameter_groups(scalar, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
-    scalar.to(runtime.device).eval()  # eval: dropout off, for training too (its scores must not depend on chance)
-    resume.load_weights(scalar)
+    groups = parameter_groups(model, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
+    model.to(runtime.device).eval()  # eval: dropout off, for training too (its scores must not depend on chance)
+    resume.load_weights(model)
     module, optimizer = runtime.prepare(
-        scalar,
+        model,
         build_optimizer(groups, cfg.optim),
         micro_batch_size=cfg.micro_batch_size,
         max_grad_norm=cfg.optim.max_grad_norm,
@@ -147,7 +174,7 @@ def fit(
         share_prompts = cfg.share_prompts and longest is not None and obeys_masks(module, longest, runtime)
     facts = {"rows_per_step": size * runtime.world_size, "share_prompts": share_prompts}
     refuse_other_rows(resume, facts["rows_per_step"])
-    resume.attach(scalar, optimizer, state=lambda: facts)
+    resume.attach(model, optimizer, state=lambda: facts)
     resume.begin()
     if cfg.share_prompts and not share_prompts and longest is not None:
         progress.say("this model does not score several responses in one row: each prompt is read once per response")
@@ -161,7 +188,7 @@ def fit(
         progress.advance(1, loss=metrics["loss/train"], accuracy=metrics["train/accuracy"])
         resume.save_if_due(step, total)
     resume.finish()
-    runtime.make_whole(scalar, everywhere=True)
+    runtime.make_whole(model, everywhere=True)
 
 
 def refuse_other_rows(resume: Resume, rows: int) -> None:
@@ -195,7 +222,11 @@ def train_step(
     for i, part in enumerate(parts):
         with runtime.accumulate(module, last=i + 1 == len(parts)):
             scores_BK, mask_BK = forward(module, part, runtime, share_prompts=share_prompts)
-            loss = ranking_loss(scores_BK, mask_BK, part, cfg)
+            if cfg.ensemble is None:
+                loss = ranking_loss(scores_BK, mask_BK, part, cfg)
+            else:
+                loss = ensemble_loss(scores_BK, mask_BK, part, cfg)
+                scores_BK = scores_BK.mean(2)
             runtime.backward(loss * len(part) / denominator)
         right, pairs = right_pairs(scores_BK.detach(), part)
         sums += torch.tensor([float(loss.detach()) * len(part), right, pairs], device=runtime.device)
@@ -213,7 +244,7 @@ def train_step(
 def forward(
     module: Any, items: Sequence[RankedTokens], runtime: Runtime, *, share_prompts: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scores at the last token of every row: (scores_BK, mask_BK)."""
+    """Scores at the last token of every row: (scores_BK, mask_BK); of an ensemble (scores_BKM, mask_BK)."""
     if share_prompts and all(map(is_packable, items)):
         packed = pack([item.rows for item in items]).to(runtime.device)
         with runtime.autocast():
@@ -223,8 +254,7 @@ def forward(
     tokens_NT, mask_NT = tokens_NT.to(runtime.device), mask_NT.to(runtime.device)
     with runtime.autocast():
         scores_NT = module(tokens_NT, mask_NT)
-    last_N = mask_NT.sum(1) - 1
-    return pad_scores(scores_NT.gather(1, last_N[:, None]).squeeze(1), items)
+    return pad_scores(at_last_token(scores_NT, mask_NT), items)
 
 
 def packed_length(item: RankedTokens) -> int:
@@ -253,19 +283,37 @@ def obeys_masks(module: Any, item: RankedTokens, runtime: Runtime) -> bool:
     return runtime.max(error) <= (1e-3 if runtime.precision == "fp32" else 0.05)
 
 
-def ranking_loss(scores_BK: Tensor, mask_BK: Tensor, items: Sequence[RankedTokens], cfg: RewardStage) -> Tensor:
-    """Mean loss of the items, by `cfg.loss`."""
+def ensemble_loss(scores_BKM: Tensor, mask_BK: Tensor, items: Sequence[RankedTokens], cfg: RewardStage) -> Tensor:
+    """Mean over the members of their losses, in each of which the items have weights of mean 1 (`member_weights`)."""
+    weights_BM = member_weights([item.group for item in items], scores_BKM.shape[2], cfg.seed).to(scores_BKM.device)
+    losses = [
+        # A weighted mean in a small batch would undo the weights: alone, an item would always weigh 1.
+        ranking_loss(scores_BK, mask_BK, items, cfg, weight_B=weight_B) * weight_B.mean()
+        for scores_BK, weight_B in zip(scores_BKM.unbind(2), weights_BM.unbind(1), strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def ranking_loss(
+    scores_BK: Tensor,
+    mask_BK: Tensor,
+    items: Sequence[RankedTokens],
+    cfg: RewardStage,
+    *,
+    weight_B: Tensor | None = None,
+) -> Tensor:
+    """Mean loss of the items, by `cfg.loss`; with `weight_B` a weighted mean."""
     ranks_BK, wins_BKK = targets(items, scores_BK.device)
     if cfg.loss == "bradley_terry":
         chosen_B, rejected_B = scores_BK.unbind(1)
         margin_B = torch.tensor([item.margin for item in items], device=scores_BK.device)
-        loss = bradley_terry(chosen_B, rejected_B, margin_B=margin_B, target_B=wins_BKK[:, 0, 1])
+        loss = bradley_terry(chosen_B, rejected_B, margin_B=margin_B, target_B=wins_BKK[:, 0, 1], weight_B=weight_B)
     elif cfg.loss == "all_pairs":
-        loss = all_pairs(scores_BK, wins_BKK, mask_BK[:, :, None] & mask_BK[:, None, :])
+        loss = all_pairs(scores_BK, wins_BKK, mask_BK[:, :, None] & mask_BK[:, None, :], weight_B=weight_B)
     else:
-        loss = plackett_luce(scores_BK, ranks_BK, mask_BK)
+        loss = plackett_luce(scores_BK, ranks_BK, mask_BK, weight_B=weight_B)
     if cfg.centering:
-        loss = loss + cfg.centering * centering(scores_BK, mask_BK)
+        loss = loss + cfg.centering * centering(scores_BK, mask_BK, weight_B=weight_B)
     return loss
 
 
@@ -287,37 +335,54 @@ def outcomes_of(scores: Sequence[float], ranks: Sequence[float]) -> list[float]:
 
 def keep_adapter(
     handle: Any,
-    scalar: ScalarModel,
+    model: ScalarModel | Ensemble,
     train: Sequence[RankedTokens],
     cfg: RewardStage,
     runtime: Runtime,
     tokenizer: Any,
     progress: Progress,
 ) -> None:
-    """With LoRA write `adapter/`: adapter and head, unrounded, with a normalisation of their own; else take away an
-    earlier run's."""
+    """With LoRA write `adapter/`: adapter and head, unrounded, with a normalisation of their own, and an ensemble's
+    members; else take away an earlier run's."""
     folder = Path(cfg.run_dir) / "adapter"
     if cfg.tuning.kind != "lora":
         if runtime.is_main:
             save_adapter(None, folder)
         return
-    scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
-    moments = normalise(scorer, scalar, train, cfg, tokenizer, progress)
-    scalar.set_normalisation(0.0, 1.0)
+    scorer = RewardModel(model, runtime, micro_batch_size=2 * cfg.micro_batch_size)
+    moments = normalise(scorer, model, train, cfg, tokenizer, progress)
+
+    def write(staging: Path) -> None:
+        (staging / NORMALISATION_FILE).write_text(json.dumps(moments, indent=1), encoding="utf-8")
+        if not isinstance(model, ScalarModel):
+            model.save(staging)
+
     if runtime.is_main:
-        files = {NORMALISATION_FILE: json.dumps(moments, indent=1)}
-        save_adapter(handle, folder, head=scalar.classifier.score, files=files)
+        head = model.classifier.score if isinstance(model, ScalarModel) else model.plain_head()
+        save_adapter(handle, folder, head=head, further=write)
+    set_moments(model, [0.0] * scorer.members, 1.0)
+
+
+def set_moments(model: ScalarModel | Ensemble, means: Sequence[float], std: float) -> None:
+    """From now on member m's scores are (raw - means[m]) / std."""
+    if isinstance(model, ScalarModel):
+        model.set_normalisation(means[0], std)
+    else:
+        model.set_normalisation(means, std)
 
 
 def normalise(
     scorer: RewardModel,
-    scalar: ScalarModel,
+    model: ScalarModel | Ensemble,
     train: Sequence[RankedTokens],
     cfg: RewardStage,
     tokenizer: Any,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Set and return mean (of demonstrations, else of training responses) and std (of training responses)."""
+    """Set and return mean (of demonstrations, else of training responses) and std (of training responses).
+
+    An ensemble's members get a mean each and one std, that of their mean score; what is returned is the plain model's.
+    """
     responses = [row for item in train for row in item.rows]
     responses = responses[:: math.ceil(len(responses) / NORMALISATION_ROWS)]
     if cfg.normalise_on is not None:
@@ -329,17 +394,19 @@ def normalise(
     else:
         zero = responses
     progress.phase("normalise", total=len(zero) + len(responses), unit="rows")
-    zero_scores = torch.tensor(scorer.score_tokens([row[-cfg.max_length :] for row in zero], progress.advance))
-    response_scores = torch.tensor(scorer.score_tokens(responses, progress.advance))
-    mean, std = float(zero_scores.mean()), max(float(response_scores.std(correction=0)), 1e-6)
-    scalar.set_normalisation(mean, std)
+    zero_MN = scorer.score_members([row[-cfg.max_length :] for row in zero], progress.advance)
+    response_N = scorer.score_members(responses, progress.advance).mean(0)
+    means, std = zero_MN.mean(1).tolist(), max(float(response_N.std(correction=0)), 1e-6)
+    set_moments(model, means, std)
+    mean = means[0] if isinstance(model, ScalarModel) else model.plain_mean
     return {"mean": mean, "std": std, "zero_is": cfg.normalise_on.path if cfg.normalise_on else "training responses"}
 
 
 def evaluate(scorer: RewardModel, heldout: Sequence[RankedTokens], progress: Progress) -> dict[str, Any]:
     """Held-out pair accuracy with a 95% interval over prompts, against gold scores where known, else the labels."""
     progress.phase("evaluate", total=sum(len(item.rows) for item in heldout), unit="rows")
-    flat = iter(scorer.score_tokens([row for item in heldout for row in item.rows], progress.advance))
+    scores_MN = scorer.score_members([row for item in heldout for row in item.rows], progress.advance)
+    flat = iter(scorer.aggregate(scores_MN).tolist())
     outcomes: dict[str, list[float]] = {"label": [], "gold": []}
     groups: dict[str, list[str]] = {"label": [], "gold": []}
     lengths, all_scores = [], []
@@ -363,7 +430,20 @@ def evaluate(scorer: RewardModel, heldout: Sequence[RankedTokens], progress: Pro
         "prompts": len(set(groups[against])),
         "label_accuracy": sum(outcomes["label"]) / max(1, len(outcomes["label"])),
     }
+    if scorer.members > 1:
+        summary |= evaluate_members(scores_MN, heldout)
     stacked = torch.tensor([lengths, all_scores], dtype=torch.float64)
     if len(lengths) > 2 and bool((stacked.std(dim=1) > 0).all()):
         summary["length_correlation"] = float(torch.corrcoef(stacked)[0, 1])
     return summary
+
+
+def evaluate_members(scores_MN: Tensor, heldout: Sequence[RankedTokens]) -> dict[str, Any]:
+    """Each member's accuracy against the labels, and how far the members disagree."""
+    counts = [len(item.rows) for item in heldout]
+    accuracies = []
+    for scores_N in scores_MN:
+        rows = zip(scores_N.split(counts), heldout, strict=True)
+        outcomes = [x for scores, item in rows for x in outcomes_of(scores.tolist(), item.ranks)]
+        accuracies.append(sum(outcomes) / max(1, len(outcomes)))
+    return {"member_accuracies": accuracies, "disagreement": float(disagreement(scores_MN).mean())}

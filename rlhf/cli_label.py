@@ -68,8 +68,12 @@ def add_tools(shielded: Callable[[Callable[[], None]], None]) -> None:
         config_name: ConfigArgument,
         file: Annotated[str, typer.Argument(help="a file of preferences, Label Studio or Argilla")],
         overrides: Overrides = None,
+        format: Annotated[str, typer.Option(help="hh, preference, ranking, tldr, ultrafeedback, ...")] = "auto",
+        with_labels: Annotated[bool, typer.Option("--with-labels", help="store the file's labels, too")] = False,
+        gold: Annotated[bool, typer.Option("--gold", help="its labels are the answers of gold questions")] = False,
+        max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="malformed rows to leave out")] = 0.0,
     ) -> None:
-        tool("importing", config_name, overrides, file)
+        tool("importing", config_name, overrides, file, format, with_labels, gold, max_bad_fraction)
 
     @app.command(help="Preference files for training, raw judgments, and the agreement report.")
     def export(config_name: ConfigArgument, overrides: Overrides = None) -> None:

@@ -43,11 +43,17 @@ class QueueConfig(Strict):
 class ExportConfig(Strict):
     """What `rlhf label export` writes."""
 
-    format: Literal["standard", "conversational"] = "standard"
+    format: Literal["auto", "standard", "conversational"] = Field(
+        default="auto", description="of TRL's files: text or turns; auto: turns where a prompt is a chat"
+    )
     prompt: Literal["explicit", "implicit"] = "explicit"
     aggregate: Literal["majority", "dawid_skene"] = "majority"
     ties: Literal["drop", "keep"] = Field(default="drop", description="of pairs; keep: probability 0.5")
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="by prompt")
+    also: list[Literal["label_studio", "argilla"]] = Field(default=[], description="files for these tools as well")
+    resamples: Annotated[int, Field(ge=0)] = Field(
+        default=500, description="of the bootstrap behind the intervals of the agreement report; 0: none"
+    )
 
 
 class LabelingStage(Strict):

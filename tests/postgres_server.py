@@ -104,7 +104,7 @@ class PostgresServer:
 
     def stop(self) -> None:
         """Ends the server and removes its folder."""
-        self._process.send_signal(signal.SIGQUIT)  # at once, without waiting for clients
+        self._process.send_signal(signal.SIGINT)  # without waiting for clients
         self._process.wait(30)
         self._log.close()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -50,7 +50,8 @@ def test_the_top_comment_has_the_command_that_runs_the_file(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
     stage = path.relative_to(CONFIGS).parts[0]
-    assert f"rlhf {stage} " in comment
+    command = {"labeling": "label serve"}.get(stage, stage)
+    assert f"rlhf {command} " in comment
     assert path.stem in comment
 
 

@@ -19,9 +19,10 @@ from rlhf.cli import MODULES
 from rlhf.config_schema import DatasetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", ".github/CONTRIBUTING.md", "launch/README.md"]
+DOCUMENTS = ["README.md", ".github/CONTRIBUTING.md", "launch/README.md", "reward_model/labeling/README.md"]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
 COMMANDS = {*MODULES, "doctor", "plan"}
+LABELING_COMMANDS = {"queue", "import", "serve", "invite", "ai", "export"}
 
 FENCE = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -65,6 +66,8 @@ def test_every_rlhf_command_names_a_stage_and_a_configuration(document: str) -> 
         assert stage in COMMANDS, f"{document}: rlhf {' '.join(arguments)}"
         if not rest or rest[0] in ("...", "CONFIG"):
             continue
+        if stage == "label" and rest[0] in LABELING_COMMANDS:
+            stage, rest = "labeling", [word for word in rest[1:] if word != "FILE"]
         name, *overrides = [word for word in rest if word not in ("auto", "never")]
         if name.startswith("runs/"):  # a file that the pipeline writes: <run>/<stage>/<stage>.yaml, the report on top
             assert Path(name).name == f"{stage}.yaml", name

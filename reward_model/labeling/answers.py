@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, bindparam, func, select
 from sqlalchemy.orm import Session, aliased
 
 from reward_model.labeling.design import gold_is_right, repeat_is_drawn
@@ -36,7 +36,7 @@ def check_answer(answer: Answer, kind: str, K: int) -> None:
     Raises:
         LabelError: it does not fit; names the field.
     """
-    choices = {"pair": ("compare",), "ranking": ("rank",)}[kind] + ("both_bad", "skip", "flag")
+    choices = {"pair": ("compare", "rank"), "ranking": ("rank",)}[kind] + ("both_bad", "skip", "flag")
     if answer.choice not in choices:
         raise LabelError(f"choice: {answer.choice!r} does not fit a {kind}", fix=f"send one of {', '.join(choices)}")
     if answer.choice == "compare":
@@ -115,6 +115,10 @@ def submit_answer(
     return Receipt(row.id, False, policies, user.paused)
 
 
+_SUBMITTED = select(JudgmentRow).where(JudgmentRow.submission_id == bindparam("submission"))
+_LATEST = select(func.max(JudgmentRow.id)).where(JudgmentRow.assignment_id == bindparam("assignment"))
+
+
 def same_submission(session: Session, submission_id: str, assignment: AssignmentRow) -> JudgmentRow | None:
     """What this submission stored before, if it was sent before.
 
@@ -123,7 +127,7 @@ def same_submission(session: Session, submission_id: str, assignment: Assignment
     """
     if not is_storable(submission_id, 64) or not submission_id:
         raise LabelError("submission_id: empty, too long or not plain text", fix="send 1 to 64 characters")
-    known = session.scalar(select(JudgmentRow).where(JudgmentRow.submission_id == submission_id))
+    known = session.scalar(_SUBMITTED, {"submission": submission_id})
     if known is not None and known.assignment_id != assignment.id:
         raise LabelError("submission_id: another judgment has it", fix="make a new one for every judgment")
     return known
@@ -134,17 +138,11 @@ def store_answer(
 ) -> JudgmentRow:
     """Adds the row of an answer, which supersedes the assignment's latest one."""
     assignment.state = "done" if answer.choice in DECIDING else "leased" if answer.choice == "undo" else "passed"
-    latest = session.scalar(
-        select(JudgmentRow.id)
-        .where(JudgmentRow.assignment_id == assignment.id)
-        .order_by(JudgmentRow.id.desc())
-        .limit(1)
-    )
     row = JudgmentRow(
         **vars(answer),
         assignment_id=assignment.id,
         submission_id=submission_id,
-        supersedes_id=latest,
+        supersedes_id=session.scalar(_LATEST, {"assignment": assignment.id}),
         created_ms=now_ms,
     )
     session.add(row)
@@ -183,7 +181,7 @@ def undo_last(session: Session, cfg: LabelingStage, user_id: int, now_ms: int) -
     store_answer(session, assignment, Answer("undo"), f"undo-{last.id}", now_ms)
     assignment.shown_ms = now_ms
     extend(assignment, cfg, now_ms)
-    return task_of(session, assignment)
+    return task_of(session, assignment, item)
 
 
 def stands() -> tuple[ColumnElement[bool], ...]:

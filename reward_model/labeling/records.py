@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.types import Prompt
+if TYPE_CHECKING:  # it brings torch along, and the labeling server starts without
+    from rlhf.types import Prompt
 
 Kind = Literal["pair", "ranking"]
 Labeler = Literal["person", "judge", "simulated"]
@@ -32,6 +34,16 @@ class Candidate:
     policy: str = ""
     tokens: list[int] | None = None
     score: float | None = None
+
+
+def neutral_order(responses: Sequence[Candidate]) -> list[int]:
+    """Indices of the responses, sorted by a hash of their texts.
+
+    Files name the chosen one first, and buffers the older model's: numbered so, "response 0" would mostly win, and
+    coefficients of agreement take a common answer for chance. A hash knows nothing of either.
+    """
+    hashes = [hashlib.sha256(response.text.encode("utf-8", "surrogatepass")).digest() for response in responses]
+    return sorted(range(len(responses)), key=lambda i: hashes[i])
 
 
 @dataclass
@@ -66,8 +78,9 @@ class Answer:
     """What was clicked, in the shown orientation.
 
     `compare`: `value` -3 .. 3, negative where the left one is better, 0 a tie. `rank`: `ranks[place]`, 1 the best,
-    ties allowed. Neither with `both_bad` (all responses are bad), `skip` (not for me), `flag` (something is wrong
-    with the item) and `undo` (the judgment that this one supersedes is withdrawn).
+    ties allowed; of a pair, it names the better one without a strength. Neither with `both_bad` (all responses are
+    bad), `skip` (not for me), `flag` (something is wrong with the item) and `undo` (the judgment that this one
+    supersedes is withdrawn).
     """
 
     choice: Choice

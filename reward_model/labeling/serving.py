@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from sqlalchemy import ColumnElement, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import bindparam, select
+from sqlalchemy.orm import Session
 
 from reward_model.labeling.design import choose_order, gold_is_due, rotations
 from reward_model.labeling.records import Answer, Task
@@ -22,13 +22,20 @@ SWEPT = 200
 """Leases that ran out which one request clears away at most."""
 
 
+# Statements stand ready at module level: building one takes as long as running it.
+_FRESH = {"populate_existing": True}
+_USER = select(UserRow).where(UserRow.id == bindparam("id")).with_for_update(key_share=True)
+_ASSIGNMENT = select(AssignmentRow).where(AssignmentRow.id == bindparam("id")).with_for_update()
+_ITEM = select(ItemRow).where(ItemRow.id == bindparam("id")).with_for_update(key_share=True)
+
+
 def locked_user(session: Session, user_id: int) -> UserRow:
     """The user's row, locked until the transaction ends.
 
     Raises:
         LabelError: no such user.
     """
-    user = session.get(UserRow, user_id, with_for_update={"key_share": True}, populate_existing=True)
+    user = session.scalar(_USER, {"id": user_id}, execution_options=_FRESH)
     if user is None:
         raise LabelError(f"there is no user {user_id}", fix="log in again")
     return user
@@ -40,7 +47,7 @@ def locked_assignment(session: Session, user_id: int, assignment_id: int) -> tup
     Raises:
         LabelError: this user has no such assignment, or it is a repeat that was never shown.
     """
-    assignment = session.get(AssignmentRow, assignment_id, with_for_update=True, populate_existing=True)
+    assignment = session.scalar(_ASSIGNMENT, {"id": assignment_id}, execution_options=_FRESH)
     if assignment is None or assignment.user_id != user_id or assignment.state == "planned":
         raise LabelError(f"assignment {assignment_id} is not yours", fix="load the page again")
     return assignment, locked_item(session, assignment.item_id)
@@ -52,7 +59,7 @@ def locked_item(session: Session, item_id: int) -> ItemRow:
     Raises:
         LabelError: no such item.
     """
-    item = session.get(ItemRow, item_id, with_for_update={"key_share": True}, populate_existing=True)
+    item = session.scalar(_ITEM, {"id": item_id}, execution_options=_FRESH)
     if item is None:
         raise LabelError(f"there is no item {item_id}", fix="load the page again")
     return item
@@ -84,32 +91,28 @@ def free_place(assignment: AssignmentRow, item: ItemRow) -> None:
             item.state = "open"
 
 
+_EXPIRED = (AssignmentRow.state == "leased", AssignmentRow.lease_expires_ms <= bindparam("now"))
+_ANY_EXPIRED = select(AssignmentRow.id).where(*_EXPIRED).limit(1)
+_ALL_EXPIRED = (
+    select(AssignmentRow, ItemRow)
+    .join(ItemRow, ItemRow.id == AssignmentRow.item_id)
+    .where(*_EXPIRED)
+    .order_by(AssignmentRow.id)
+    .limit(SWEPT)
+    .with_for_update(skip_locked=True, of=(AssignmentRow, ItemRow))
+)
+
+
 def has_expired_leases(session: Session, now_ms: int) -> bool:
     """Whether `free_expired` has something to do."""
-    return session.scalar(select(AssignmentRow.id).where(*_expired(now_ms)).limit(1)) is not None
+    return session.scalar(_ANY_EXPIRED, {"now": now_ms}) is not None
 
 
 def free_expired(session: Session, now_ms: int) -> None:
     """Ends leases that ran out, in a transaction of its own; what others hold locked is theirs to end."""
-    rows = session.execute(
-        select(AssignmentRow, ItemRow)
-        .join(ItemRow, ItemRow.id == AssignmentRow.item_id)
-        .where(*_expired(now_ms))
-        .order_by(AssignmentRow.id)
-        .limit(SWEPT)
-        .with_for_update(skip_locked=True, of=(AssignmentRow, ItemRow)),
-        execution_options=_FRESH,
-    )
-    for assignment, item in rows:
+    for assignment, item in session.execute(_ALL_EXPIRED, {"now": now_ms}, execution_options=_FRESH):
         assignment.state = "expired"
         free_place(assignment, item)
-
-
-_FRESH = {"populate_existing": True}
-
-
-def _expired(now_ms: int) -> tuple[ColumnElement[bool], ...]:
-    return AssignmentRow.state == "leased", AssignmentRow.lease_expires_ms <= now_ms
 
 
 def lease_next(session: Session, cfg: LabelingStage, user_id: int, now_ms: int) -> Task | None:
@@ -117,11 +120,12 @@ def lease_next(session: Session, cfg: LabelingStage, user_id: int, now_ms: int) 
     user = locked_user(session, user_id)
     if user.paused or not user.active:
         return None
-    assignment = _unfinished(session, user)
+    item = None
+    assignment = session.scalar(_UNFINISHED, {"user": user.id}, execution_options=_FRESH)
     if assignment is None:
-        assignment = _due_repeat(session, user)
+        due = {"user": user.id, "served": user.served}
+        assignment = session.scalar(_DUE_REPEAT, due, execution_options=_FRESH)
         if assignment is None:
-            item = None
             if gold_is_due(user.served, cfg.gold.fraction, cfg.seed, user.id):
                 item = _next_item(session, user, gold=True)
             item = item or _next_item(session, user, gold=False)
@@ -131,7 +135,7 @@ def lease_next(session: Session, cfg: LabelingStage, user_id: int, now_ms: int) 
         assignment.state, assignment.shown_ms = "leased", now_ms
     extend(assignment, cfg, now_ms)
     session.flush()
-    return task_of(session, assignment)
+    return task_of(session, assignment, item or session.get_one(ItemRow, assignment.item_id))
 
 
 def extend(assignment: AssignmentRow, cfg: LabelingStage, now_ms: int) -> None:
@@ -168,17 +172,17 @@ def reclaim(assignment: AssignmentRow, item: ItemRow) -> None:
     assignment.state = "leased"
 
 
-def task_of(session: Session, assignment: AssignmentRow) -> Task:
-    """What the annotator sees of an assignment."""
-    item = session.get_one(ItemRow, assignment.item_id)
-    undone = aliased(JudgmentRow)
-    latest = session.execute(
-        select(JudgmentRow, undone)
-        .outerjoin(undone, undone.id == JudgmentRow.supersedes_id)
-        .where(JudgmentRow.assignment_id == assignment.id)
-        .order_by(JudgmentRow.id.desc())
-        .limit(1)
-    ).first()
+_LATEST = (
+    select(JudgmentRow)
+    .where(JudgmentRow.assignment_id == bindparam("assignment"))
+    .order_by(JudgmentRow.id.desc())
+    .limit(2)
+)
+
+
+def task_of(session: Session, assignment: AssignmentRow, item: ItemRow) -> Task:
+    """What the annotator sees of an assignment. The latest judgment of one that is leased again is an undo."""
+    undone = session.scalars(_LATEST, {"assignment": assignment.id}).all()[1:]
     return Task(
         assignment_id=assignment.id,
         item_id=item.id,
@@ -186,71 +190,79 @@ def task_of(session: Session, assignment: AssignmentRow) -> Task:
         prompt=item.prompt,
         responses=[item.responses[index]["text"] for index in assignment.side_order],
         lease_expires_ms=assignment.lease_expires_ms,
-        previous=None if latest is None else answer_of(latest[1] or latest[0]),
+        previous=answer_of(undone[0]) if undone else None,
     )
 
 
 def answer_of(row: JudgmentRow) -> Answer:
     """A stored answer as it was given."""
-    return Answer(**{field.name: getattr(row, field.name) for field in dataclasses.fields(Answer)})
+    return Answer(**{name: getattr(row, name) for name in _ANSWER})
 
 
-def _unfinished(session: Session, user: UserRow) -> AssignmentRow | None:
-    """The lease shown last: after an undo the item that came back, not the one it pushed aside."""
-    query = select(AssignmentRow).where(AssignmentRow.user_id == user.id, AssignmentRow.state == "leased")
-    newest = query.order_by(AssignmentRow.shown_ms.desc(), AssignmentRow.id).limit(1)
-    return session.scalar(newest.with_for_update(), execution_options=_FRESH)
+_ANSWER = [field.name for field in dataclasses.fields(Answer)]
 
-
-def _due_repeat(session: Session, user: UserRow) -> AssignmentRow | None:
-    return session.scalar(
-        select(AssignmentRow)
-        .join(ItemRow, ItemRow.id == AssignmentRow.item_id)
-        .where(
-            AssignmentRow.user_id == user.id,
-            AssignmentRow.state.in_(("planned", "expired")),
-            AssignmentRow.presentation == 1,
-            AssignmentRow.due <= user.served,
-            ItemRow.state.in_(("open", "full")),
-        )
-        .order_by(AssignmentRow.due, AssignmentRow.id)
-        .limit(1)
-        .with_for_update(of=AssignmentRow),
-        execution_options=_FRESH,
+# The lease shown last: after an undo the item that came back, not the one it pushed aside.
+_UNFINISHED = (
+    select(AssignmentRow)
+    .where(AssignmentRow.user_id == bindparam("user"), AssignmentRow.state == "leased")
+    .order_by(AssignmentRow.shown_ms.desc(), AssignmentRow.id)
+    .limit(1)
+    .with_for_update()
+)
+_DUE_REPEAT = (
+    select(AssignmentRow)
+    .join(ItemRow, ItemRow.id == AssignmentRow.item_id)
+    .where(
+        AssignmentRow.user_id == bindparam("user"),
+        AssignmentRow.state.in_(("planned", "expired")),
+        AssignmentRow.presentation == 1,
+        AssignmentRow.due <= bindparam("served"),
+        ItemRow.state.in_(("open", "full")),
     )
+    .order_by(AssignmentRow.due, AssignmentRow.id)
+    .limit(1)
+    .with_for_update(of=AssignmentRow)
+)
+# The most urgent open item that this user has not had; one whose lease they let run out may come back.
+_NEXT = (
+    select(ItemRow)
+    .where(ItemRow.state == "open", ItemRow.is_gold == bindparam("gold"))
+    .where(
+        ~select(AssignmentRow.id)
+        .where(
+            AssignmentRow.item_id == ItemRow.id,
+            AssignmentRow.user_id == bindparam("user"),
+            AssignmentRow.presentation == 0,
+            AssignmentRow.state != "expired",
+        )
+        .exists()
+    )
+    .order_by(ItemRow.urgency, ItemRow.id)
+    .limit(1)
+)
+_NEXT_UNLOCKED = _NEXT.with_for_update(key_share=True, skip_locked=True)
+_NEXT_WAITING = _NEXT.with_for_update(key_share=True)
+_ASSIGNED = (
+    select(AssignmentRow, UserRow.labeler)
+    .join(UserRow, UserRow.id == AssignmentRow.user_id)
+    .where(AssignmentRow.item_id == bindparam("item"), AssignmentRow.presentation == 0)
+    .order_by(AssignmentRow.id)
+)
 
 
 def _next_item(session: Session, user: UserRow, *, gold: bool) -> ItemRow | None:
-    """The most urgent open item that this user has not had; one whose lease they let run out may come back."""
-    had = select(AssignmentRow.id).where(
-        AssignmentRow.item_id == ItemRow.id,
-        AssignmentRow.user_id == user.id,
-        AssignmentRow.presentation == 0,
-        AssignmentRow.state != "expired",
-    )
-    query = (
-        select(ItemRow)
-        .where(ItemRow.state == "open", ItemRow.is_gold == gold, ~had.exists())
-        .order_by(ItemRow.urgency, ItemRow.id)
-        .limit(1)
-    )
-    passing_over = query.with_for_update(key_share=True, skip_locked=True)
-    item = session.scalar(passing_over, execution_options=_FRESH)
+    query = {"user": user.id, "gold": gold}
+    item = session.scalar(_NEXT_UNLOCKED, query, execution_options=_FRESH)
     # Nothing free but what others hold locked right now: wait for them, they may leave a place.
-    return item or session.scalar(query.with_for_update(key_share=True), execution_options=_FRESH)
+    return item or session.scalar(_NEXT_WAITING, query, execution_options=_FRESH)
 
 
 def _assign(session: Session, cfg: LabelingStage, user: UserRow, item: ItemRow, now_ms: int) -> AssignmentRow:
     """Takes a place of the item; an assignment that ran out comes back in its order, which a page may still show."""
-    first = select(AssignmentRow).where(AssignmentRow.item_id == item.id, AssignmentRow.presentation == 0)
-    assignment = session.scalar(
-        first.where(AssignmentRow.user_id == user.id).with_for_update(), execution_options=_FRESH
-    )
+    rows = session.execute(_ASSIGNED, {"item": item.id}, execution_options=_FRESH).all()
+    assignment = next((row for row, _ in rows if row.user_id == user.id), None)
     if assignment is None:
-        live = first.where(AssignmentRow.state.in_(("leased", "done"))).join(
-            UserRow, UserRow.id == AssignmentRow.user_id
-        )
-        used = [row.side_order for row in session.scalars(live.where(UserRow.labeler == "person"))]
+        used = [row.side_order for row, labeler in rows if labeler == "person" and row.state in ("leased", "done")]
         order = choose_order(rotations(len(item.responses), cfg.seed, item.key), used, user.side_balance)
         assignment = AssignmentRow(
             item_id=item.id,

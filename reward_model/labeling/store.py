@@ -160,11 +160,11 @@ class LabelStore:
             LabelError: no such user.
         """
         now = self.clock()
-        with self.read() as session:
-            expired = serving.has_expired_leases(session, now)
-        if expired:
-            with self.begin() as session:
-                serving.free_expired(session, now)
+        with self.begin() as session:
+            if not serving.has_expired_leases(session, now):
+                return serving.lease_next(session, self.cfg, user_id, now)
+        with self.begin() as session:
+            serving.free_expired(session, now)
         with self.begin() as session:
             return serving.lease_next(session, self.cfg, user_id, now)
 

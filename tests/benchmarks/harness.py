@@ -125,6 +125,7 @@ GROUPS = {
     "other": "Other architecture: fewer weights trained, so the reward curves belong beside these",
     "processes": "Both sides ours: ZeRO-2 (left) beside DDP (right)",
     "machine": "Against this machine: plain products with the policy's layers, what a phase could reach at most",
+    "labeling": "The labeling server under 50 annotators at once (ours) against what is asked of it (peer)",
     "plan": "`rlhf plan` (ours) against the peak of the run itself (peer); a ratio of 1 is right",
 }
 

@@ -242,3 +242,11 @@ def test_right_pairs_of_a_ragged_batch(tiny: Any) -> None:
     ]
     scores = torch.tensor([[1.0, 2.0, 0.0], [3.0, 2.0, 2.5]])  # wrong; right, right, wrong
     assert right_pairs(scores, items) == (2.0, 4.0)
+
+
+def test_a_set_that_mixes_ratings_and_comparisons_is_refused(config: Any, jsonl: Any) -> None:
+    rows = [{"prompt": f"explain {word}", "responses": [GOOD, POOR], "ranks": [1, 2]} for word in WORDS]
+    rows[3]["meta"] = {"label_source": "ratings"}
+    path = jsonl("mixed.jsonl", rows)
+    with pytest.raises(DataError, match=r"mixed\.jsonl: 1 of 16 rankings were derived from ratings"):
+        train.main(config(dataset={"path": path}), RunOptions())
