@@ -42,7 +42,8 @@ MODEL_KEYS = ("model", "reference", "base", "reward_model")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "wandb")
 
 _LABELING = (
-    "fastapi uvicorn sqlalchemy alembic argon2 markdown_it linkify_it nh3 krippendorff sklearn statsmodels crowdkit pandas"
+    "fastapi uvicorn sqlalchemy alembic argon2 markdown_it linkify_it nh3 krippendorff sklearn statsmodels crowdkit "
+    "pandas"
 )
 INSTALLS = {
     **{package: package for package in PACKAGES},
