@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from rlhf.config import dump, load
+from rlhf.config_judge import JudgeConfig
 from rlhf.config_schema import DatasetConfig, EvaluateStage, PipelineStage, RewardStage, SFTStage
 from rlhf.errors import ConfigError, DataError, ModelError
 from rlhf.models import bundled
@@ -103,6 +104,8 @@ class _Inputs:
             elif key == "policies":
                 for name, model in value.items():
                     self._model(f"policies.{name}", model)
+            elif isinstance(value, JudgeConfig):
+                self._judge(value)
             elif key == "further_models":
                 for model in value:
                     self._model(key, model)
@@ -174,6 +177,15 @@ class _Inputs:
                 )
         where = "found" if Path(resolved).exists() else "taken for a hub model, not fetched in a dry run"
         self._say(key, f"{name} ({where if name != bundled.NAME else resolved})")
+
+    def _judge(self, judge: JudgeConfig) -> None:
+        """A local judge like any model; of a served one, whether the key is there. The server is not asked."""
+        if judge.endpoint is None:
+            self._model("judge.model", judge.model)
+            return
+        env = judge.endpoint.key_env
+        key = "no key" if env is None else f"key in {env}: {'set' if os.environ.get(env) else 'NOT SET'}"
+        self._say("judge.model", f"{judge.model} at {judge.endpoint.url} ({key}; not asked in a dry run)")
 
     def _comes_later(self, path: str) -> bool:
         return self.produced is not None and Path(path).is_relative_to(self.produced) and not Path(path).exists()

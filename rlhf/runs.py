@@ -59,7 +59,7 @@ INSTALLS = {
     **{package: package for package in PACKAGES},
     **dict.fromkeys(_LABELING.split(), "'rlhf-pipeline[labeling]'"),
     "psycopg": "'rlhf-pipeline[postgres]'",
-    "openai": "'rlhf-pipeline[judge]'",
+    **dict.fromkeys(("openai", "httpx2"), "'rlhf-pipeline[judge]'"),
 }
 """What pip installs, by the name of the module that is missing."""
 

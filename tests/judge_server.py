@@ -37,8 +37,8 @@ class JudgeServer(ThreadingHTTPServer):
     """Answers every question with `judge(first, second)`, a text or the log-probabilities of A and B.
 
     A request for which `script` holds a fault gets that instead: a status, or (status, headers); `slow`, `drip`,
-    `close`, `garbage`, `html`, `deep`, `huge`, `empty` (no choices), `number` (content is none), `null`, `refusal`,
-    `filter`, `cut`; or a function of the two responses that gives one of these, or None.
+    `close`, `garbage`, `html`, `deep`, `huge`, `empty` (no choices), `number` (content is none), `message` (it is a
+    text), `null`, `refusal`, `filter`, `cut`; or a function of the two responses that gives one of these, or None.
     """
 
     daemon_threads = True
@@ -49,6 +49,7 @@ class JudgeServer(ThreadingHTTPServer):
         self.judge: Callable[[str, str], Any] = words_better
         self.script: list[Any] = []
         self.always: Any = None
+        self.message = "sorry"
         self.usage: dict[str, Any] | None = {"prompt_tokens": 100, "completion_tokens": 1}
         self.delay_s = 0.0
         self.asked: list[tuple[str, str]] = []
@@ -90,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.fail(fault)
         elif isinstance(fault, int | tuple):
             status, headers = fault if isinstance(fault, tuple) else (fault, {})
-            said = {"error": {"message": f"sorry {self.headers['Authorization']}"}}
+            said = {"error": {"message": f"{self.server.message} {self.headers['Authorization']}"}}
             self.reply(json.dumps(said).encode(), status=status, headers=headers)
         else:
             self.answer(fault, first, second)
@@ -109,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             choice["message"]["content"] = {"number": 3, "null": None, "cut": "The first"}[fault]
         if fault == "refusal":
             choice["message"] |= {"content": None, "refusal": "I will not judge this."}
+        choice |= {"message": "A"} if fault == "message" else {}
         choice["finish_reason"] = {"cut": "length", "filter": "content_filter"}.get(str(fault), "stop")
         completion = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
         completion |= {"choices": []} if fault == "empty" else {}

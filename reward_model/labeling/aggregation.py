@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Literal
 
 from reward_model.labeling.agreement import DawidSkene, dawid_skene, wins_matrix
+from reward_model.labeling.judge_votes import soft_share
 from reward_model.labeling.records import Item, Judgment
 from reward_model.labeling.simulate import Judgment as Vote
 
@@ -27,8 +28,9 @@ def aggregate(
 ) -> dict[str, Wins]:
     """`wins[i][j]` by item: the probability that response i beats response j.
 
-    `majority` is the share of the annotators who say so, a tie counts half. `dawid_skene` weighs them by how
-    reliable they turn out to be; it knows no ties, so a tie says nothing, and a pair with ties only stays at 1/2.
+    `majority` is the share of the annotators who say so, a tie counts half; judges say so with a probability.
+    `dawid_skene` weighs them by how reliable they turn out to be; it knows no ties, so a tie says nothing,
+    and a pair with ties only stays at 1/2.
 
     Args:
         judgments: those that decide; of items in `items`.
@@ -65,6 +67,8 @@ def votes_of(judgments: Sequence[Judgment]) -> list[Vote]:
 
 
 def _shares(judgments: Sequence[Judgment]) -> Wins:
+    if (p := soft_share(judgments)) is not None:
+        return wins_matrix({(0, 1): 1 - p}, 2)
     rankings = [ranks for judgment in judgments if (ranks := judgment.ranks)]
     K, n = len(rankings[0]), len(rankings)
 

@@ -1,7 +1,7 @@
 """`rlhf label ai CONFIG`: a judge model labels the queue, as the annotator judge:NAME.
 
 Each item gets two judgments, one per order: presentation 0 shows the responses as they were queued, presentation 1
-the other way round. What they say together is `soft_label`; `judge_probability` reads one judgment's own probability.
+the other way round. What they say together is `soft_label`, which `judge_votes.soft_share` finds again for the export.
 Of a ranking every pair is compared in both orders; presentation 0 ranks by the comparisons that showed the earlier
 response first, presentation 1 by the others.
 """
@@ -39,7 +39,8 @@ def main(cfg: LabelingStage) -> None:
     if cfg.judge is None:
         raise ConfigError("the labeling project has no judge", fix="add a block `judge:` with a model")
     with LabelStore.open(cfg) as store:
-        items = store.items()
+        states = store.item_states()
+        items = [item for item in store.items() if states[item.key] != "retired"]
         if not items:
             raise DataError("there are no items to judge", fix="queue some: rlhf label queue CONFIG")
         judge = open_judge(cfg.judge, cfg.run_dir, cfg.seed)
@@ -112,17 +113,6 @@ def _ranking_answer(shown: dict[tuple[int, int], Verdict], K: int, presentation:
     dense = {rank: place for place, rank in enumerate(sorted(set(ranks)), 1)}
     by_place = [dense[rank] for rank in (reversed(ranks) if presentation else ranks)]
     return Answer("rank", ranks=by_place)
-
-
-def judge_probability(judgment: Judgment) -> float | None:
-    """P(response 1 is better), canonical, by one judgment of a judge on a pair; None of any other."""
-    if judgment.labeler != "judge" or judgment.answer.choice != "compare":
-        return None
-    try:
-        p_first = float(json.loads(judgment.answer.notes)["p_first"])
-    except (ValueError, TypeError, KeyError):
-        return None
-    return 1 - p_first if judgment.order == [0, 1] else p_first
 
 
 def people_on(judgments: Sequence[Judgment], items: Sequence[Item]) -> list[People]:

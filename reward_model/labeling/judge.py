@@ -118,6 +118,7 @@ class Judge:
         self.work = Work()
         self._said: dict[str, Verdict | Failure] = {}
         self.failures: Counter[str] = Counter()  # by kind, of questions about controls, too
+        self.examples: dict[str, str] = {}  # of each kind the first one's detail
 
     def close(self) -> None:
         """Give the run folder free."""
@@ -207,6 +208,7 @@ class Judge:
         self._said[key] = outcome
         if isinstance(outcome, Failure) and outcome != UNASKED:
             self.failures[outcome.kind] += 1
+            self.examples.setdefault(outcome.kind, outcome.detail)
 
     def _check_failures(self) -> None:
         """Stop where going on would only cost.

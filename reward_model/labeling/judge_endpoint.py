@@ -30,7 +30,7 @@ TEMPLATE_TOKENS = 256
 """More than any chat template adds; beside it a text has no more tokens than bytes."""
 
 TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
-_FOREIGN = ("response_format", "json_schema", "logprobs", "max_tokens")
+_FOREIGN = ("response_format", "json_schema", "logprobs", "max_tokens", "temperature", "seed")
 
 
 @dataclass(eq=False)
@@ -97,7 +97,9 @@ class EndpointJudge:
         """One question, in as many attempts as it takes."""
         body = self._body(question)
         text = "".join(turn["content"] for turn in body["messages"])
-        most = Size(len(text.encode()) + TEMPLATE_TOKENS, self._endpoint.max_answer_tokens)
+        limits = [body.get(key) for key in ("max_tokens", "max_completion_tokens")]
+        written = max((limit for limit in limits if isinstance(limit, int)), default=self._endpoint.max_answer_tokens)
+        most = Size(len(text.encode()) + TEMPLATE_TOKENS, written)
         for attempt in range(1, self._endpoint.attempts + 1):
             result = self._attempt(body, key, most, ledger)
             if not isinstance(result, _Unanswered):
@@ -148,7 +150,7 @@ class EndpointJudge:
         try:
             completion = json.loads(content)
             return _kept(completion), _used(completion)
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             what = f"no completion ({type(error).__name__}): {self._server.shown(content)!r}"
             raise _Unanswered(Failure("malformed", what), billed=True) from None
 
@@ -166,7 +168,7 @@ class EndpointJudge:
         if status == 404 or status < 400:
             fix = "check judge.endpoint.url, with its version (/v1), and judge.model"
             return ConfigError(f"{url} does not serve {self._cfg.model!r} ({said})", fix=fix)
-        if any(field in said for field in _FOREIGN):
+        if any(field in said for field in _FOREIGN) and "context" not in said:  # it may be one question's length
             fix = "set judge.endpoint.logprobs or .structured to false, or change the field in .request"
             return ConfigError(f"{url} does not know a field of the request ({said})", fix=fix)
         return _Unanswered(Failure("refused", said), again=False)
@@ -225,7 +227,7 @@ def _kept(completion: Any) -> dict[str, Any]:
     """What a verdict can be read from.
 
     Raises:
-        ValueError, TypeError, KeyError, IndexError: it is no completion.
+        TypeError, KeyError, IndexError, AttributeError: it is no completion.
     """
     choice = completion["choices"][0]
     said = choice["message"]

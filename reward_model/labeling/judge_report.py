@@ -55,6 +55,7 @@ def judge_report(
             "ties": sum(pair.label == 0.5 and not pair.contradicts for pair in pairs),
         },
         "failures": dict(sorted(judge.failures.items())),
+        "failure_examples": judge.examples,
         "flip_rate": proportion(sum(pair.contradicts for pair in pairs), sum(pair.both is not None for pair in pairs)),
         "first_slot_rate": _first_slot_rate(pairs),
         "length": _length(asked),

@@ -55,7 +55,7 @@ def summarise(run: RunFiles, *, seed: int) -> dict[str, Any]:
     """Headline numbers of a run; missing ones are None, none is NaN.
 
     Times are in seconds, memory in 1e9 bytes, KL in nats per answer, shares in [0, 1]. `wall_s` is the sum
-    over stages, `peak_rss_gb` the largest of them. `labels` is "simulated" or "people"; None without labels.
+    over stages, `peak_rss_gb` the largest of them. `labels` is "simulated", "judge" or "people"; None without labels.
 
     Raises:
         DataError: a policy has the name of a headline key, or its metrics are no object.

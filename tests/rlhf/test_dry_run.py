@@ -11,6 +11,7 @@ import pytest
 from rlhf import config, dry_run
 from rlhf.data.records import read_prompts
 from rlhf.errors import ConfigError, DataError, ModelError, RlhfError
+from rlhf.rollout.buffer import RolloutBuffer
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,26 @@ def test_a_file_is_counted_with_the_format_found(stage_config: Any, jsonl: Any, 
     dry_run.describe("sample", stage_config("sample", prompts={"path": path}))
     shown = capsys.readouterr().out.replace("\n", "")
     assert f"prompts: {path}, format messages, 3 rows" in shown
+
+
+def test_a_judge_is_named_and_not_asked(
+    jsonl: Any, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    rollouts = tmp_path / "samples.parquet"
+    RolloutBuffer([]).to_parquet(rollouts)
+    endpoint = {"url": "http://192.0.2.1/v1", "key_env": "JUDGE_DRY_KEY"}
+    for judge in ({"model": "m", "endpoint": endpoint}, {"model": tiny.path}, {"model": str(tmp_path / "none")}):
+        given = {"run_dir": str(tmp_path / "x"), "rollouts": str(rollouts), "labeler": "ai", "judge": judge}
+        cfg = config.validate(given, "label", source="test")
+        if judge["model"].endswith("none"):
+            with pytest.raises(ModelError):
+                dry_run.describe("label", cfg)
+        else:
+            dry_run.describe("label", cfg)
+    shown = capsys.readouterr().out
+    assert "judge.model: m at http://192.0.2.1/v1 (key in JUDGE_DRY_KEY: NOT SET; not asked" in shown
+    assert f"judge.model: {tiny.path} (found)" in shown.replace("\n", "")
 
 
 def of_the_run(stage: str, cfg: Any) -> str:

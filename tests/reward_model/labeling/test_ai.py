@@ -11,7 +11,9 @@ import pytest
 from judge_server import JudgeServer, letters
 
 from reward_model.labeling import ai
-from reward_model.labeling.ai import judge_probability, people_on
+from reward_model.labeling.ai import people_on
+from reward_model.labeling.export import main as export
+from reward_model.labeling.judge_votes import judge_probability, soft_share
 from reward_model.labeling.records import Answer, Candidate, Item, Judgment
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
@@ -107,6 +109,15 @@ def test_a_failure_leaves_an_item_without_any_judgment(judge_server: JudgeServer
     assert saved_report(cfg)["failures"] == {"refusal": 1}
 
 
+def test_a_retired_item_is_not_judged(judge_server: JudgeServer, stage: Any) -> None:
+    cfg = stage()
+    with LabelStore.open(cfg) as store:
+        store.retire_item(2)
+    ai.main(cfg)
+    assert len(judge_server.asked) == 2 * 4 + 12
+    assert saved_report(cfg)["counts"]["items"] == 5
+
+
 def test_one_comparison_without_an_answer_leaves_a_ranking_unlabeled(judge_server: JudgeServer, stage: Any) -> None:
     judge_server.always = lambda first, second: 400 if (first, second) == (TEXTS[2], TEXTS[0]) else None
     cfg = stage()
@@ -160,6 +171,35 @@ def test_shares_of_people() -> None:
         for i, (value, labeler, presentation) in enumerate(answers)
     ]
     assert people_on(given, [item]) == [{(0, 1): 2.5 / 4}]
+
+
+@pytest.mark.parametrize("first_slot", [False, True])
+def test_the_export_has_the_soft_label_of_both_orders(judge_server: JudgeServer, stage: Any, first_slot: bool) -> None:
+    """Response 1 at 0.6 and 0.9 is 0.75; a judge that follows the place says nothing."""
+    judge_server.judge = lambda first, second: letters(0.9 if first_slot or len(first) > len(second) else 0.4)
+    cfg = stage()
+    ai.main(cfg)
+    cfg.export.ties = "keep"
+    cfg.export.resamples = 1
+    export(cfg)
+    files = [*Path(cfg.run_dir).glob("export/pairs.*.jsonl")]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    expected = 0.5 if first_slot else 0.75
+    assert [line["wins"][1][0] for line in lines] == pytest.approx([expected] * 5)
+
+
+def test_each_judge_has_one_voice() -> None:
+    def said(judge: str, order: list[int], p_first: float, labeler: Any = "judge") -> Judgment:
+        answer = Answer("compare", value=1, notes=json.dumps({"p_first": p_first}))
+        return Judgment(1, "k", "pair", judge, labeler, order, answer)
+
+    sure = [said("a", [0, 1], 0.2), said("a", [1, 0], 0.6)]  # 0.8 and 0.6 for response 1
+    torn = [said("b", [0, 1], 0.9), said("b", [1, 0], 0.9)]
+    assert soft_share(sure) == pytest.approx(0.7)
+    assert soft_share(torn) == 0.5
+    assert soft_share([*sure, *torn]) == pytest.approx(0.6)
+    assert soft_share([*sure, said("ann", [0, 1], 0.2, "person")]) is None
+    assert soft_share([]) is None
 
 
 def test_a_project_without_a_judge_or_items_says_so(tmp_path: Path, judge_settings: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -103,6 +104,7 @@ PASSING = [
     ("huge", "unanswered"),
     ("empty", "malformed"),
     ("number", "malformed"),
+    ("message", "malformed"),
     (429, "overloaded"),
     (500, "server_error"),
     (503, "server_error"),
@@ -158,6 +160,7 @@ def test_what_is_no_verdict_is_no_label_and_not_asked_again(
     judge = open_judge(answer=answer)
     assert labels(run(judge, contests(1))) == [None]
     assert report(judge, 1)["failures"] == {kind: 2}
+    assert said[:9] in json.dumps(report(judge, 1)["failure_examples"][kind]).replace("\\", "")
     judge.close()
     again = open_judge(answer=answer)
     assert labels(run(again, contests(1))) == [None]
@@ -194,6 +197,29 @@ def test_what_no_other_question_could_mend_stops_at_once(
     assert said in caught.value.message
     assert fix in caught.value.fix
     assert len(judge_server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "stops"),
+    [
+        ("response_format is not supported by this model", True),
+        ("Unsupported parameter: 'max_tokens'", True),
+        ("max_tokens is too large: this model's maximum context length is 4096 tokens", False),
+        ("content policy", False),
+    ],
+)
+def test_a_field_that_the_server_does_not_know_is_named(
+    judge_server: JudgeServer, open_judge: Any, message: str, stops: bool
+) -> None:
+    judge_server.message = message
+    judge_server.script = [400]
+    judge = open_judge(endpoint={"parallel": 1})
+    if stops:
+        with pytest.raises(ConfigError, match=r"does not know a field.*400") as caught:
+            run(judge, contests(2))
+        assert "judge.endpoint.logprobs" in caught.value.fix
+    else:
+        assert labels(run(judge, contests(2))) == [None, {(0, 1): 0.0}]
 
 
 def test_the_key_is_sent_and_never_shown(

@@ -126,7 +126,7 @@ def test_attempts_count_and_what_may_have_been_answered_is_paid(judge_server: Ju
 
 def test_without_a_count_the_most_is_taken(judge_server: JudgeServer, open_judge: Any) -> None:
     judge_server.usage = {"prompt_tokens": -5, "completion_tokens": "x"}
-    judge = open_judge(endpoint={"max_answer_tokens": 7})
+    judge = open_judge(endpoint={"request": {"max_completion_tokens": 7, "max_tokens": None}})
     run(judge, contests(1))
     texts = sum(len(turn["content"].encode()) for body in judge_server.bodies for turn in body["messages"])
     assert judge.ledger.spent() == Spent(2, texts + 2 * 256, 14, 0.0)
