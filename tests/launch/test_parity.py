@@ -104,6 +104,18 @@ def test_processes_and_zero_change_nothing(launch: Any, settings: Any, name: str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+@pytest.mark.parametrize("name", ["reward heads", "reward adapters"])
+def test_an_ensemble_scores_alike_for_any_number_of_processes(launch: Any, settings: Any, name: str, kind: str) -> None:
+    stage, changes = settings(name)
+    reward = launch(stage, "alone", run="ensemble", **{**changes, "epochs": 2}).folder / "final"
+    ppo = {**PPO, "reward_model": str(reward), "reward_aggregate": "mean_minus_std"}
+    alone, many = launch("ppo", "alone", **ppo), launch("ppo", kind, **ppo)
+    assert_alike(alone, many)
+    assert all(line["objective/reward_std"] > 0 for line in many.metrics)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "reward", "reward heads", "reward adapters"])
 @pytest.mark.parametrize("kind", ["alone", *DISTRIBUTED])
 def test_a_resumed_run_repeats_every_bit(launch: Any, settings: Any, name: str, kind: str) -> None:

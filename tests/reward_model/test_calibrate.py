@@ -71,7 +71,7 @@ def test_the_error_is_that_of_scikit_learns_quantile_bins() -> None:
     calibration_curve = pytest.importorskip("sklearn.calibration").calibration_curve
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, 1000)
-    wins = rng.random(1000) < 1 / (1 + np.exp(-logits / 3))  # three times too sure
+    wins = (rng.random(1000) < 0.75) == (logits > 0)  # too unsure of the close pairs, too sure of the others
     found = calibration([pair(logit, float(win)) for logit, win in zip(logits, wins, strict=True)])
     confidence = 1 / (1 + np.exp(-np.abs(logits)))
     right = np.where(logits > 0, wins, ~wins)
@@ -79,7 +79,6 @@ def test_the_error_is_that_of_scikit_learns_quantile_bins() -> None:
     assert [b["pairs"] for b in found["reliability"]] == [100] * 10
     assert found["ece"] == pytest.approx(np.abs(accuracies - confidences).mean(), abs=1e-9)
     assert found["ece"] > 0.1
-    assert 1 / found["temperature"] == pytest.approx(1 / 3, abs=0.14)  # 4 standard errors
     assert found["log_loss_at_temperature"] < found["log_loss"]
 
 
