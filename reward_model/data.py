@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,12 +15,15 @@ from torch import Tensor
 from rlhf.data.records import Records
 from rlhf.data.templates import located, prompt_tokens, response_tokens
 from rlhf.errors import DataError
-from rlhf.types import Ranking
+from rlhf.types import Ranking, Rating
 
 
 @dataclass
 class RankedTokens:
-    """K token rows (prompt + response + EOS) of one prompt, with their ranks (1 best) and win probabilities."""
+    """K token rows (prompt + response + EOS) of one prompt, with their ranks (1 best) and win probabilities.
+
+    `ratings`: where the labels are numbers, those of the rows; a row that is trained on is then an item of its own.
+    """
 
     rows: list[list[int]]
     ranks: list[int]
@@ -28,6 +32,7 @@ class RankedTokens:
     response_lengths: list[int]
     margin: float = 0.0
     gold: list[float] | None = None
+    ratings: list[float] | None = None
 
 
 @dataclass
@@ -37,6 +42,15 @@ class TokenizedRankings:
     items: list[RankedTokens]
     truncated: int = 0
     retokenized: int = 0
+
+    def remarks(self, max_length: int) -> list[str]:
+        """What a user should know of it."""
+        said = []
+        if self.truncated:
+            said.append(f"{self.truncated} responses longer than {max_length} tokens keep their end")
+        if self.retokenized:
+            said.append(f"{self.retokenized} responses tokenised anew for this model")
+        return said
 
 
 def tokenize_rankings(
@@ -77,6 +91,61 @@ def tokenize_rankings(
         margin = ranking.margin or 0.0
         out.items.append(RankedTokens(rows, ranking.ranks, wins, group, lengths, margin, ranking.gold_scores))
     return out
+
+
+def tokenize_ratings(
+    ratings: Records[Rating], tokenizer: Any, *, chat: bool, max_length: int, truncation: str
+) -> TokenizedRankings:
+    """One item per rating; arguments and errors as `tokenize_rankings`."""
+    singles = Records(Ranking(r.prompt, [r.response], [1], prompt_id=r.prompt_id) for r in ratings)
+    singles.places = ratings.places
+    out = tokenize_rankings(singles, tokenizer, chat=chat, max_length=max_length, truncation=truncation)
+    for item, rating in zip(out.items, ratings, strict=True):
+        item.ratings = [rating.rating]
+    return out
+
+
+def merge_by_prompt(items: Sequence[RankedTokens]) -> list[RankedTokens]:
+    """Rated responses, as one item per prompt, ranked by their ratings."""
+    merged: dict[str, RankedTokens] = {}
+    for item in items:
+        into = merged.setdefault(item.group, RankedTokens([], [], [], item.group, [], ratings=[]))
+        into.rows += item.rows
+        into.response_lengths += item.response_lengths
+        into.ratings = [*(into.ratings or []), *(item.ratings or [])]
+    for item in merged.values():
+        ratings = item.ratings or []
+        item.ranks = [1 + sum(other > rating for other in ratings) for rating in ratings]
+        item.wins = wins_from_ranks(item.ranks)
+    return list(merged.values())
+
+
+@dataclass(frozen=True)
+class RatingScale:
+    """Mean and standard deviation of the ratings that a model is trained on: it learns (rating - mean) / std, or its
+    first scores would be a whole scale away from what they shall be."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, items: Sequence[RankedTokens]) -> RatingScale:
+        """Of rated items.
+
+        Raises:
+            DataError: all ratings are equal.
+        """
+        ratings = [rating for item in items for rating in item.ratings or []]
+        mean = statistics.fmean(ratings)
+        std = statistics.pstdev(ratings, mean)
+        if std == 0:
+            raise DataError(f"all {len(ratings)} ratings are {ratings[0]}", fix="give ratings that differ")
+        return cls(mean, std)
+
+    def apply(self, items: Sequence[RankedTokens]) -> None:
+        """Put the ratings of `items` on this scale."""
+        for item in items:
+            item.ratings = [(rating - self.mean) / self.std for rating in item.ratings or []]
 
 
 def _places(rankings: Sequence[Ranking]) -> list[str]:
@@ -131,9 +200,12 @@ def split_by_prompt(
 
 
 def pad_scores(scores_N: Tensor, items: Sequence[RankedTokens]) -> tuple[Tensor, Tensor]:
-    """Flat scores of a batch of rankings as (scores_BK, mask_BK); K the largest of the batch."""
+    """Flat scores of a batch of rankings as (scores_BK, mask_BK); K the largest of the batch.
+
+    M members' scores, [N, M], become [B, K, M].
+    """
     counts = [len(item.rows) for item in items]
-    scores_BK = scores_N.new_zeros(len(items), max(counts))
+    scores_BK = scores_N.new_zeros(len(items), max(counts), *scores_N.shape[1:])
     mask_BK = torch.zeros(len(items), max(counts), dtype=torch.bool, device=scores_N.device)
     for b, part in enumerate(scores_N.split(counts)):
         scores_BK[b, : len(part)] = part

@@ -41,7 +41,7 @@ def bradley_terry(
     return _weighted_mean(_pair_loss(difference_B, target_B, margin_B), weight_B)
 
 
-def all_pairs(scores_BK: Tensor, target_BKK: Tensor, mask_BKK: Tensor) -> Tensor:
+def all_pairs(scores_BK: Tensor, target_BKK: Tensor, mask_BKK: Tensor, *, weight_B: Tensor | None = None) -> Tensor:
     """Bradley-Terry over all pairs of K ranked completions.
 
         loss_b = mean over pairs i < j of -t_ij log sigmoid(s_i - s_j) - (1 - t_ij) log sigmoid(s_j - s_i)
@@ -49,7 +49,8 @@ def all_pairs(scores_BK: Tensor, target_BKK: Tensor, mask_BKK: Tensor) -> Tensor
 
     `target_BKK[b, i, j]` is the probability that i beats j, `mask_BKK` is True for the pairs that count. Only
     i < j is read, so each pair counts once. The mean is taken per prompt first: a prompt weighs the same
-    however many of its pairs were labeled. Prompts without a pair are left out.
+    however many of its pairs were labeled. Prompts without a pair are left out. `weight_B` makes the mean over
+    prompts a weighted one.
 
     Raises ValueError if the shapes do not fit [B, K] and [B, K, K], the mask is not boolean, or a target that
     counts lies outside of [0, 1].
@@ -67,16 +68,17 @@ def all_pairs(scores_BK: Tensor, target_BKK: Tensor, mask_BKK: Tensor) -> Tensor
     target_BKK = target_BKK.to(scores_BK.dtype).masked_fill(~pairs_BKK, 0.0)
     _check_probabilities(target_BKK)
     loss_BKK = _pair_loss(difference_BKK, target_BKK, torch.zeros_like(target_BKK))
-    return _mean_over_pairs(loss_BKK, pairs_BKK)
+    return _mean_over_pairs(loss_BKK, pairs_BKK, weight_B)
 
 
-def plackett_luce(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
+def plackett_luce(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor, *, weight_B: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of whole rankings, mean over prompts.
 
         loss_b = sum over items i of log(sum over j ranked i or worse of exp s_j) - s_i
 
     `ranks_BK` is 1 for the best; only the order of the numbers matters. `mask_BK` is False at padded items.
-    Prompts with fewer than two items are left out. For K = 2 without a tie this is `bradley_terry`.
+    Prompts with fewer than two items are left out; `weight_B` makes the mean over the others a weighted one. For
+    K = 2 without a tie this is `bradley_terry`.
 
     Ties, by Efron's rule: for the l-th (l = 0..m-1) of m items of one rank, the m items enter the sum with
     weight 1 - l/m, as if each were gone already with probability l/m. At equal scores this is the likelihood
@@ -99,7 +101,7 @@ def plackett_luce(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> Tenso
     remaining_BK = (scores_BK.unsqueeze(1) + log_weight_BKK).logsumexp(dim=-1)
     loss_B = (remaining_BK - scores_BK).masked_fill(~mask_BK, 0.0).sum(dim=-1)
     ranked_B = mask_BK.sum(dim=-1) >= 2
-    return _weighted_mean(loss_B.masked_fill(~ranked_B, 0.0), ranked_B)
+    return _weighted_mean(loss_B.masked_fill(~ranked_B, 0.0), _among(ranked_B, weight_B))
 
 
 def pointwise(scores_B: Tensor, ratings_B: Tensor, *, weight_B: Tensor | None = None) -> Tensor:
@@ -113,7 +115,7 @@ def pointwise(scores_B: Tensor, ratings_B: Tensor, *, weight_B: Tensor | None = 
     return _weighted_mean((_at_least_float32(scores_B) - ratings_B).square(), weight_B)
 
 
-def centering(scores_BK: Tensor, mask_BK: Tensor | None = None) -> Tensor:
+def centering(scores_BK: Tensor, mask_BK: Tensor | None = None, *, weight_B: Tensor | None = None) -> Tensor:
     """Mean of (s_i + s_j)^2 over a prompt's pairs, then over prompts; for K = 2 (chosen + rejected)^2.
 
     Preferences leave a constant per prompt free. This term, with a small coefficient, pins it near 0, so that
@@ -127,7 +129,7 @@ def centering(scores_BK: Tensor, mask_BK: Tensor | None = None) -> Tensor:
     _check_mask(mask_BK)
     scores_BK = _at_least_float32(scores_BK).masked_fill(~mask_BK, 0.0)
     pairs_BKK = (mask_BK.unsqueeze(2) & mask_BK.unsqueeze(1)).triu(diagonal=1)
-    return _mean_over_pairs((scores_BK.unsqueeze(2) + scores_BK.unsqueeze(1)).square(), pairs_BKK)
+    return _mean_over_pairs((scores_BK.unsqueeze(2) + scores_BK.unsqueeze(1)).square(), pairs_BKK, weight_B)
 
 
 def _pair_loss(difference: Tensor, target: Tensor, margin: Tensor) -> Tensor:
@@ -135,11 +137,16 @@ def _pair_loss(difference: Tensor, target: Tensor, margin: Tensor) -> Tensor:
     return -target * F.logsigmoid(difference - margin) - (1 - target) * F.logsigmoid(-difference - margin)
 
 
-def _mean_over_pairs(loss_BKK: Tensor, pairs_BKK: Tensor) -> Tensor:
+def _mean_over_pairs(loss_BKK: Tensor, pairs_BKK: Tensor, weight_B: Tensor | None = None) -> Tensor:
     """Mean over the True pairs of each prompt, then over the prompts that have any."""
     count_B = pairs_BKK.sum(dim=(1, 2))
     loss_B = loss_BKK.masked_fill(~pairs_BKK, 0.0).sum(dim=(1, 2)) / count_B.clamp(min=1)
-    return _weighted_mean(loss_B, count_B > 0)
+    return _weighted_mean(loss_B, _among(count_B > 0, weight_B))
+
+
+def _among(counts_B: Tensor, weight_B: Tensor | None) -> Tensor:
+    """The weights of prompts of which only some count."""
+    return counts_B if weight_B is None else weight_B * counts_B
 
 
 def _weighted_mean(loss_B: Tensor, weight_B: Tensor | None) -> Tensor:

@@ -1,43 +1,50 @@
-"""Train the reward model: `rlhf reward`. Bradley-Terry on pairs, or K-way ranking from K forwards.
+"""Train the reward model: `rlhf reward CONFIG`. Bradley-Terry on pairs, K-way ranking from K forwards, or ratings.
 
 Ouyang 2022, section 3.5: all comparisons of one prompt share its K forward passes and weigh as one item.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reward_model.data import RankedTokens, pad_scores, pairs_of, split_by_prompt, targets, tokenize_rankings
-from reward_model.losses import all_pairs, bradley_terry, centering, plackett_luce
+from reward_model.calibrate import Units, outcomes_of
+from reward_model.data import (
+    RankedTokens,
+    RatingScale,
+    merge_by_prompt,
+    pad_scores,
+    pairs_of,
+    split_by_prompt,
+    targets,
+    tokenize_rankings,
+    tokenize_ratings,
+)
+from reward_model.ensemble import Ensemble, member_weights, start_ensemble
+from reward_model.finish import end_training, keep_adapter, normalise
+from reward_model.losses import all_pairs, bradley_terry, centering, plackett_luce, pointwise
+from reward_model.measure import measure
 from reward_model.model import RewardModel, pad_tokens, save_reward_model
 from reward_model.packing import common_prefix, pack
 from rlhf.config_schema import DatasetConfig, RewardStage
 from rlhf.data.order import rows_for_step
-from rlhf.data.records import read_demonstrations, read_rankings
-from rlhf.data.templates import located, prompt_tokens, response_tokens, show_examples
+from rlhf.data.records import Records, read_rankings, read_ratings
+from rlhf.data.templates import show_examples
 from rlhf.errors import CheckpointError, DataError, InvariantError
-from rlhf.eval.winrate import share_interval
-from rlhf.models.adapters import save_adapter
 from rlhf.models.load import load_tokenizer
-from rlhf.models.tuning import apply_tuning, build_optimizer, merge_tuning, parameter_groups, set_lr, storage_dtype
-from rlhf.models.value import NORMALISATION_FILE, ScalarModel, load_scalar_model
+from rlhf.models.tuning import apply_tuning, build_optimizer, parameter_groups, set_lr, storage_dtype
+from rlhf.models.value import ScalarModel, at_last_token, load_scalar_model
 from rlhf.progress import Progress
 from rlhf.resume import Resume
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime, explaining_memory
 from rlhf.tracking import Tracker
 from rlhf.types import RunResult
-
-NORMALISATION_ROWS = 160
-"""Training responses, at most, whose deviation becomes the unit of the score: known to 6% (1 / sqrt(2 * 160))."""
 
 MAX_PACKED_TOKENS = 2048
 """Longest packed row; its attention mask takes 4 MB."""
@@ -62,54 +69,58 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
         ) as tracker,
     ):
         train, heldout = load_items(cfg, tokenizer, progress)
-        scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, runtime.dtype), new_head=True)
-        scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
-        handle = apply_tuning(scalar.classifier, cfg.tuning, runtime.dtype, head=scalar.classifier.score)
+        scale = None
+        if cfg.loss == "pointwise":
+            scale = RatingScale.of(train)
+            scale.apply(train)
+        model, handle = start(cfg, runtime.dtype)
         with runtime.minding_sigterm():
-            fit(scalar, train, cfg, runtime, resume, progress, tracker)
-        keep_adapter(handle, scalar, train, cfg, runtime, tokenizer, progress)
+            fit(model, train, cfg, runtime, resume, progress, tracker)
+        keep_adapter(handle, model, train, cfg, runtime, tokenizer, progress)
         # What is measured from here on is what `final/` holds: adapters folded in, in the run's precision.
-        scalar.classifier = merge_tuning(handle).to(runtime.dtype)
-        scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
-        normalisation = normalise(scorer, scalar, train, cfg, tokenizer, progress)
-        summary = {**evaluate(scorer, heldout, progress), **normalisation, "train_items": len(train)}
+        classifier = end_training(model, handle, runtime.dtype)
+        scorer = RewardModel(model, runtime, micro_batch_size=2 * cfg.micro_batch_size)
+        normalisation = normalise(scorer, model, train, cfg, tokenizer, progress)
+        measured = measure(scorer, heldout, Units(normalisation["mean"], normalisation["std"], scale), progress)
+        summary = {**measured.summary, **normalisation, "train_items": len(train)}
         tracker.summary(summary)
     final = Path(cfg.run_dir) / "final"
     if runtime.is_main:
-        save_reward_model(final, scalar.classifier, tokenizer, normalisation)
+        measured.write(Path(cfg.run_dir), title="Reward model")
+        members = None if isinstance(model, ScalarModel) else model
+        save_reward_model(final, classifier, tokenizer, normalisation, members)
     runtime.barrier()
     return RunResult(cfg.run_dir, summary, {"reward_model": str(final)})
 
 
+def start(cfg: RewardStage, precision: torch.dtype) -> tuple[ScalarModel | Ensemble, Any]:
+    """The model to train, with raw scores, and what `apply_tuning` gave for it (for an ensemble's first member)."""
+    scalar = load_scalar_model(cfg.model, dtype=storage_dtype(cfg.tuning, precision), new_head=True)
+    scalar.set_normalisation(0.0, 1.0)  # a further-trained reward model is normalised anew
+    if cfg.ensemble is None:
+        return scalar, apply_tuning(scalar.classifier, cfg.tuning, precision, head=scalar.classifier.score)
+    ensemble = start_ensemble(scalar, cfg, precision)
+    return ensemble, ensemble.handle
+
+
 def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[list[RankedTokens], list[RankedTokens]]:
-    """(train, held-out) rankings; pairs when the loss is on pairs.
+    """(train, held-out) rankings; what is trained on are pairs when the loss is on pairs, single rows when it is on
+    ratings.
 
     Raises:
         DataError: nothing to train on or to test on.
     """
-
-    def read(source: DatasetConfig) -> list[RankedTokens]:
-        rankings = read_rankings(source)
-        progress.say(f"{source.path}: format {rankings.format}, {len(rankings)} rows")
-        tokenized = tokenize_rankings(
-            rankings, tokenizer, chat=source.chat, max_length=cfg.max_length, truncation=cfg.truncation
-        )
-        if tokenized.truncated:
-            progress.say(
-                f"{source.path}: {tokenized.truncated} responses longer than {cfg.max_length} tokens keep their end"
-            )
-        if tokenized.retokenized:
-            progress.say(f"{source.path}: {tokenized.retokenized} responses tokenised anew for this model")
-        return tokenized.items
-
     if cfg.eval_dataset is not None:
-        train, heldout = read(cfg.dataset), read(cfg.eval_dataset)
+        train, heldout = (read_items(source, cfg, tokenizer, progress) for source in (cfg.dataset, cfg.eval_dataset))
     else:
-        train, heldout = split_by_prompt(read(cfg.dataset), cfg.heldout_fraction, cfg.seed)
+        items = read_items(cfg.dataset, cfg, tokenizer, progress)
+        train, heldout = split_by_prompt(items, cfg.heldout_fraction, cfg.seed)
     if cfg.loss != "bradley_terry" and any(item.margin for item in train):
         progress.say(f"margins are used by loss: bradley_terry only, not by {cfg.loss}")
     if cfg.loss == "bradley_terry":
         train = [pair for item in train for pair in pairs_of(item)]
+    elif cfg.loss == "pointwise":
+        heldout = merge_by_prompt(heldout)
     if not train or not heldout:
         raise DataError(
             f"{cfg.dataset.path}: {len(train)} items to train on, {len(heldout)} held out",
@@ -120,8 +131,23 @@ def load_items(cfg: RewardStage, tokenizer: Any, progress: Progress) -> tuple[li
     return train, heldout
 
 
+def read_items(source: DatasetConfig, cfg: RewardStage, tokenizer: Any, progress: Progress) -> list[RankedTokens]:
+    """Rankings, or ratings where the loss is on them, as token rows; what was cut is said."""
+    how = {"chat": source.chat, "max_length": cfg.max_length, "truncation": cfg.truncation}
+    if cfg.loss == "pointwise":
+        records: Records[Any] = read_ratings(source)
+        tokenized = tokenize_ratings(records, tokenizer, **how)
+    else:
+        records = read_rankings(source)
+        tokenized = tokenize_rankings(records, tokenizer, **how)
+    progress.say(f"{source.path}: format {records.format}, {len(records)} rows")
+    for line in tokenized.remarks(cfg.max_length):
+        progress.say(f"{source.path}: {line}")
+    return tokenized.items
+
+
 def fit(
-    scalar: ScalarModel,
+    model: ScalarModel | Ensemble,
     train: Sequence[RankedTokens],
     cfg: RewardStage,
     runtime: Runtime,
@@ -130,24 +156,24 @@ def fit(
     tracker: Tracker,
 ) -> None:
     """`epochs` passes over the rankings, in an order that depends on (seed, step) alone; ends training."""
-    groups = parameter_groups(scalar, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
-    scalar.to(runtime.device).eval()  # eval: dropout off, for training too (its scores must not depend on chance)
-    resume.load_weights(scalar)
+    groups = parameter_groups(model, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
+    model.to(runtime.device).eval()  # eval: dropout off, for training too (its scores must not depend on chance)
+    resume.load_weights(model)
     module, optimizer = runtime.prepare(
-        scalar,
+        model,
         build_optimizer(groups, cfg.optim),
         micro_batch_size=cfg.micro_batch_size,
         max_grad_norm=cfg.optim.max_grad_norm,
     )
     size = min(cfg.batch_size, max(1, len(train) // runtime.world_size))
     total = max(1, math.ceil(cfg.epochs * len(train) / (size * runtime.world_size)))
-    longest = max((item for item in train if is_packable(item)), key=packed_length, default=None)
+    longest = max((item for item in train if len(item.rows) > 1 and is_packable(item)), key=packed_length, default=None)
     share_prompts = resume.state.get("share_prompts")  # asked of the first weights: later ones might say otherwise
     if share_prompts is None:
         share_prompts = cfg.share_prompts and longest is not None and obeys_masks(module, longest, runtime)
     facts = {"rows_per_step": size * runtime.world_size, "share_prompts": share_prompts}
     refuse_other_rows(resume, facts["rows_per_step"])
-    resume.attach(scalar, optimizer, state=lambda: facts)
+    resume.attach(model, optimizer, state=lambda: facts)
     resume.begin()
     if cfg.share_prompts and not share_prompts and longest is not None:
         progress.say("this model does not score several responses in one row: each prompt is read once per response")
@@ -158,10 +184,11 @@ def fit(
         with explaining_memory("train", f"lower micro_batch_size, which is {cfg.micro_batch_size}"):
             metrics = train_step(module, optimizer, [train[i] for i in rows], cfg, runtime, share_prompts=share_prompts)
         tracker.log(step + 1, {**metrics, "lr": lr})
-        progress.advance(1, loss=metrics["loss/train"], accuracy=metrics["train/accuracy"])
+        shown = {"accuracy": metrics["train/accuracy"]} if "train/accuracy" in metrics else {}
+        progress.advance(1, loss=metrics["loss/train"], **shown)
         resume.save_if_due(step, total)
     resume.finish()
-    runtime.make_whole(scalar, everywhere=True)
+    runtime.make_whole(model, everywhere=True)
 
 
 def refuse_other_rows(resume: Resume, rows: int) -> None:
@@ -195,7 +222,11 @@ def train_step(
     for i, part in enumerate(parts):
         with runtime.accumulate(module, last=i + 1 == len(parts)):
             scores_BK, mask_BK = forward(module, part, runtime, share_prompts=share_prompts)
-            loss = ranking_loss(scores_BK, mask_BK, part, cfg)
+            if cfg.ensemble is None:
+                loss = ranking_loss(scores_BK, mask_BK, part, cfg)
+            else:
+                loss = ensemble_loss(scores_BK, mask_BK, part, cfg)
+                scores_BK = scores_BK.mean(2)
             runtime.backward(loss * len(part) / denominator)
         right, pairs = right_pairs(scores_BK.detach(), part)
         sums += torch.tensor([float(loss.detach()) * len(part), right, pairs], device=runtime.device)
@@ -203,17 +234,14 @@ def train_step(
     if not math.isfinite(norm):
         raise InvariantError("the reward model's gradient is not finite", fix="lower optim.lr, or use precision: fp32")
     loss_sum, right, pairs = runtime.sum(sums).tolist()
-    return {
-        "loss/train": loss_sum / (denominator * runtime.world_size),
-        "train/accuracy": right / max(1.0, pairs),
-        "train/grad_norm": norm,
-    }
+    metrics = {"loss/train": loss_sum / (denominator * runtime.world_size), "train/grad_norm": norm}
+    return metrics if cfg.loss == "pointwise" else {**metrics, "train/accuracy": right / max(1.0, pairs)}
 
 
 def forward(
     module: Any, items: Sequence[RankedTokens], runtime: Runtime, *, share_prompts: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scores at the last token of every row: (scores_BK, mask_BK)."""
+    """Scores at the last token of every row: (scores_BK, mask_BK); of an ensemble (scores_BKM, mask_BK)."""
     if share_prompts and all(map(is_packable, items)):
         packed = pack([item.rows for item in items]).to(runtime.device)
         with runtime.autocast():
@@ -223,8 +251,7 @@ def forward(
     tokens_NT, mask_NT = tokens_NT.to(runtime.device), mask_NT.to(runtime.device)
     with runtime.autocast():
         scores_NT = module(tokens_NT, mask_NT)
-    last_N = mask_NT.sum(1) - 1
-    return pad_scores(scores_NT.gather(1, last_N[:, None]).squeeze(1), items)
+    return pad_scores(at_last_token(scores_NT, mask_NT), items)
 
 
 def packed_length(item: RankedTokens) -> int:
@@ -253,19 +280,40 @@ def obeys_masks(module: Any, item: RankedTokens, runtime: Runtime) -> bool:
     return runtime.max(error) <= (1e-3 if runtime.precision == "fp32" else 0.05)
 
 
-def ranking_loss(scores_BK: Tensor, mask_BK: Tensor, items: Sequence[RankedTokens], cfg: RewardStage) -> Tensor:
-    """Mean loss of the items, by `cfg.loss`."""
+def ensemble_loss(scores_BKM: Tensor, mask_BK: Tensor, items: Sequence[RankedTokens], cfg: RewardStage) -> Tensor:
+    """Mean over the members of their losses, in each of which the items have weights of mean 1 (`member_weights`)."""
+    weights_BM = member_weights([item.group for item in items], scores_BKM.shape[2], cfg.seed).to(scores_BKM.device)
+    losses = [
+        # A weighted mean in a small batch would undo the weights: alone, an item would always weigh 1.
+        ranking_loss(scores_BK, mask_BK, items, cfg, weight_B=weight_B) * weight_B.mean()
+        for scores_BK, weight_B in zip(scores_BKM.unbind(2), weights_BM.unbind(1), strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def ranking_loss(
+    scores_BK: Tensor,
+    mask_BK: Tensor,
+    items: Sequence[RankedTokens],
+    cfg: RewardStage,
+    *,
+    weight_B: Tensor | None = None,
+) -> Tensor:
+    """Mean loss of the items, by `cfg.loss`; with `weight_B` a weighted mean."""
     ranks_BK, wins_BKK = targets(items, scores_BK.device)
     if cfg.loss == "bradley_terry":
         chosen_B, rejected_B = scores_BK.unbind(1)
         margin_B = torch.tensor([item.margin for item in items], device=scores_BK.device)
-        loss = bradley_terry(chosen_B, rejected_B, margin_B=margin_B, target_B=wins_BKK[:, 0, 1])
+        loss = bradley_terry(chosen_B, rejected_B, margin_B=margin_B, target_B=wins_BKK[:, 0, 1], weight_B=weight_B)
+    elif cfg.loss == "pointwise":
+        ratings_B = torch.tensor([rating for item in items for rating in item.ratings or []], device=scores_BK.device)
+        loss = pointwise(scores_BK.squeeze(1), ratings_B, weight_B=weight_B)
     elif cfg.loss == "all_pairs":
-        loss = all_pairs(scores_BK, wins_BKK, mask_BK[:, :, None] & mask_BK[:, None, :])
+        loss = all_pairs(scores_BK, wins_BKK, mask_BK[:, :, None] & mask_BK[:, None, :], weight_B=weight_B)
     else:
-        loss = plackett_luce(scores_BK, ranks_BK, mask_BK)
+        loss = plackett_luce(scores_BK, ranks_BK, mask_BK, weight_B=weight_B)
     if cfg.centering:
-        loss = loss + cfg.centering * centering(scores_BK, mask_BK)
+        loss = loss + cfg.centering * centering(scores_BK, mask_BK, weight_B=weight_B)
     return loss
 
 
@@ -273,97 +321,3 @@ def right_pairs(scores_BK: Tensor, items: Sequence[RankedTokens]) -> tuple[float
     """(pairs ordered as labelled, untied pairs)."""
     outcomes = [x for row, item in zip(scores_BK.tolist(), items, strict=True) for x in outcomes_of(row, item.ranks)]
     return sum(outcomes), float(len(outcomes))
-
-
-def outcomes_of(scores: Sequence[float], ranks: Sequence[float]) -> list[float]:
-    """1 for every untied pair whose scores are in the order of `ranks` (low is best), 0 if not, .5 at equal scores."""
-    outcomes = []
-    for i, j in combinations(range(len(ranks)), 2):
-        if ranks[i] != ranks[j]:
-            difference = (scores[i] - scores[j]) * (1 if ranks[i] < ranks[j] else -1)
-            outcomes.append(0.5 if difference == 0 else float(difference > 0))
-    return outcomes
-
-
-def keep_adapter(
-    handle: Any,
-    scalar: ScalarModel,
-    train: Sequence[RankedTokens],
-    cfg: RewardStage,
-    runtime: Runtime,
-    tokenizer: Any,
-    progress: Progress,
-) -> None:
-    """With LoRA write `adapter/`: adapter and head, unrounded, with a normalisation of their own; else take away an
-    earlier run's."""
-    folder = Path(cfg.run_dir) / "adapter"
-    if cfg.tuning.kind != "lora":
-        if runtime.is_main:
-            save_adapter(None, folder)
-        return
-    scorer = RewardModel(scalar, runtime, micro_batch_size=2 * cfg.micro_batch_size)
-    moments = normalise(scorer, scalar, train, cfg, tokenizer, progress)
-    scalar.set_normalisation(0.0, 1.0)
-    if runtime.is_main:
-        files = {NORMALISATION_FILE: json.dumps(moments, indent=1)}
-        save_adapter(handle, folder, head=scalar.classifier.score, files=files)
-
-
-def normalise(
-    scorer: RewardModel,
-    scalar: ScalarModel,
-    train: Sequence[RankedTokens],
-    cfg: RewardStage,
-    tokenizer: Any,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Set and return mean (of demonstrations, else of training responses) and std (of training responses)."""
-    responses = [row for item in train for row in item.rows]
-    responses = responses[:: math.ceil(len(responses) / NORMALISATION_ROWS)]
-    if cfg.normalise_on is not None:
-        zero = [
-            located(d.where, prompt_tokens, tokenizer, d.prompt, chat=cfg.normalise_on.chat)
-            + response_tokens(tokenizer, d.completion, finished=True)
-            for d in read_demonstrations(cfg.normalise_on)
-        ]
-    else:
-        zero = responses
-    progress.phase("normalise", total=len(zero) + len(responses), unit="rows")
-    zero_scores = torch.tensor(scorer.score_tokens([row[-cfg.max_length :] for row in zero], progress.advance))
-    response_scores = torch.tensor(scorer.score_tokens(responses, progress.advance))
-    mean, std = float(zero_scores.mean()), max(float(response_scores.std(correction=0)), 1e-6)
-    scalar.set_normalisation(mean, std)
-    return {"mean": mean, "std": std, "zero_is": cfg.normalise_on.path if cfg.normalise_on else "training responses"}
-
-
-def evaluate(scorer: RewardModel, heldout: Sequence[RankedTokens], progress: Progress) -> dict[str, Any]:
-    """Held-out pair accuracy with a 95% interval over prompts, against gold scores where known, else the labels."""
-    progress.phase("evaluate", total=sum(len(item.rows) for item in heldout), unit="rows")
-    flat = iter(scorer.score_tokens([row for item in heldout for row in item.rows], progress.advance))
-    outcomes: dict[str, list[float]] = {"label": [], "gold": []}
-    groups: dict[str, list[str]] = {"label": [], "gold": []}
-    lengths, all_scores = [], []
-    for item in heldout:
-        scores = [next(flat) for _ in item.rows]
-        all_scores += scores
-        lengths += item.response_lengths
-        orders = {"label": [float(r) for r in item.ranks], "gold": [-g for g in item.gold or []]}
-        for name, ranks in orders.items():
-            new = outcomes_of(scores, ranks)
-            outcomes[name] += new
-            groups[name] += [item.group] * len(new)
-    against = "gold" if outcomes["gold"] else "label"
-    accuracy = share_interval(outcomes[against], groups[against])
-    summary = {
-        "accuracy": accuracy[0],
-        "accuracy_low": accuracy[1],
-        "accuracy_high": accuracy[2],
-        "accuracy_against": against,
-        "pairs": len(outcomes[against]),
-        "prompts": len(set(groups[against])),
-        "label_accuracy": sum(outcomes["label"]) / max(1, len(outcomes["label"])),
-    }
-    stacked = torch.tensor([lengths, all_scores], dtype=torch.float64)
-    if len(lengths) > 2 and bool((stacked.std(dim=1) > 0).all()):
-        summary["length_correlation"] = float(torch.corrcoef(stacked)[0, 1])
-    return summary

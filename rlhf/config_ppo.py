@@ -58,7 +58,9 @@ class RewardEndpointConfig(Strict):
     )
 
 
-GUARDS = "kl_high|kl_negative|entropy|distinct|duplicates|eos|length|length_reward|critic|clip|sampler|gold"
+GUARDS = (
+    "kl_high|kl_negative|entropy|distinct|duplicates|eos|length|length_reward|disagreement|critic|clip|sampler|gold"
+)
 
 
 class GuardsConfig(Strict):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from rlhf.config_base import Beta, Positive, Probability, Seed, Strict, check_url
 from rlhf.config_labeling import LabelingStage
 from rlhf.config_ppo import GuardsConfig, KLConfig, MissingEOSConfig, RewardEndpointConfig
+from rlhf.config_reward import Aggregate, EnsembleConfig, StdCoef
 
 
 class DatasetConfig(Strict):
@@ -23,7 +24,7 @@ class DatasetConfig(Strict):
     split: str = "train"
     subset: str | None = Field(default=None, description="the hub's configuration name")
     format: Literal[
-        "auto", "prompt", "prompt_completion", "messages", "text", "preference", "hh", "ranking", "rollouts"
+        "auto", "prompt", "prompt_completion", "messages", "text", "preference", "hh", "ranking", "rating", "rollouts"
     ] = "auto"
     limit: Positive | None = Field(default=None, description="use the first rows only")
     chat: bool = Field(
@@ -191,8 +192,11 @@ class RewardStage(StageConfig):
     eval_dataset: DatasetConfig | None = None
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="by prompt")
     normalise_on: DatasetConfig | None = Field(default=None, description="demonstrations whose mean score becomes 0")
-    loss: Literal["bradley_terry", "all_pairs", "plackett_luce"] = "bradley_terry"
+    loss: Literal["bradley_terry", "all_pairs", "plackett_luce", "pointwise"] = Field(
+        default="bradley_terry", description="pointwise: squared error of ratings; the others learn from comparisons"
+    )
     centering: Annotated[float, Field(ge=0)] = 0.0
+    ensemble: EnsembleConfig | None = Field(default=None, description="several reward models in one, e.g. {members: 4}")
     tuning: TuningConfig = TuningConfig()
     optim: OptimConfig = OptimConfig(lr=1e-5)
     epochs: Positive = 1
@@ -209,11 +213,13 @@ class RewardStage(StageConfig):
     )
 
     @model_validator(mode="after")
-    def _no_dropout(self) -> RewardStage:
+    def _consistent(self) -> RewardStage:
         if self.tuning.dropout:
             raise ValueError(
                 "tuning.dropout must be 0 in reward training: scores must not depend on chance; set it to 0"
             )
+        if self.ensemble is not None and self.ensemble.kind == "adapters" and self.tuning.kind != "lora":
+            raise ValueError("ensemble.kind: adapters needs tuning.kind: lora; set it, or ensemble.kind: heads")
         return self
 
 
@@ -224,6 +230,10 @@ class PPOStage(StageConfig):
     reference: str | None = Field(default=None, description="frozen reference; default: `model`")
     reward_model: str | None = Field(default=None, description="a sequence classifier with one label")
     scorer: Literal["readability"] | None = Field(default=None, description="a programmatic reward instead of a model")
+    reward_aggregate: Aggregate | None = Field(
+        default=None, description="of an ensemble's scores; default: as its reward_model says"
+    )
+    reward_std_coef: StdCoef | None = Field(default=None, description="k of mean_minus_std; default: as it says")
     reward_endpoint: RewardEndpointConfig | None = Field(default=None, description="a served reward instead of both")
     prompts: DatasetConfig
     tuning: TuningConfig = TuningConfig()
@@ -321,6 +331,12 @@ class PPOStage(StageConfig):
             raise ValueError(
                 "tuning.dropout must be 0 in PPO: dropout makes the first ratio differ from 1; set it to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _aggregate_of_a_model(self) -> PPOStage:
+        if self.reward_model is None and (self.reward_aggregate or self.reward_std_coef is not None):
+            raise ValueError("reward_aggregate and reward_std_coef need an ensemble as reward_model; remove them")
         return self
 
 

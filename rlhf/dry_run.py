@@ -116,7 +116,7 @@ class _Inputs:
         if self.stage == "sft" or key in ("normalise_on", "ptx"):
             read = records.read_demonstrations
         elif self.stage == "reward":
-            read = records.read_rankings
+            read = records.read_ratings if self.cfg.loss == "pointwise" else records.read_rankings
         found = read(cfg)
         lengths = self._prompt_lengths(cfg, found) if read is records.read_prompts else ""
         self._say(key, f"{cfg.path}, format {found.format}, {len(found)} rows{lengths}")

@@ -53,6 +53,7 @@ class Rollout:
     `tokens`, `action_mask` and `logprobs` have the same length: the prompt and the response, without padding.
     `logprobs` are those of the sampler, in nats, 0 on tokens that are not actions. `score` is None before it was
     scored, and stays so where no score could be had: PPO then leaves the rollout out, a 0 would be a reward.
+    `score_std` is the disagreement of an ensemble's members over the score, None where there is one model.
     """
 
     prompt: Prompt
@@ -66,6 +67,7 @@ class Rollout:
     gold_score: float | None = None
     policy: str = ""
     step: int = 0
+    score_std: float | None = None
 
     @property
     def response_tokens(self) -> list[int]:
@@ -145,6 +147,16 @@ class Ranking:
     prompt_id: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     margin: float | None = None
+
+
+@dataclass
+class Rating:
+    """A number for one response, the higher the better, on a scale that the data set alone knows."""
+
+    prompt: Prompt
+    response: str
+    rating: float
+    prompt_id: str = ""
 
 
 class RewardFn(Protocol):

@@ -24,12 +24,14 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 LAYERS = [
     "rlhf reward_model rlhf.errors rlhf.types rlhf.functional rlhf.functional.* reward_model.losses",
-    "rlhf.config rlhf.config_base rlhf.config_labeling rlhf.config_ppo rlhf.config_schema rlhf.files rlhf.runs "
-    "rlhf.runtime rlhf.sharding rlhf.checkpoint rlhf.tensor_files "
+    "rlhf.config rlhf.config_base rlhf.config_labeling rlhf.config_ppo rlhf.config_reward rlhf.config_schema "
+    "rlhf.files rlhf.runs rlhf.runtime rlhf.sharding rlhf.checkpoint rlhf.tensor_files "
     "rlhf.random_state rlhf.resume rlhf.tracking rlhf.kl_control rlhf.progress",
     "rlhf.data rlhf.data.* rlhf.models rlhf.models.*",
     "rlhf.rollout rlhf.rollout.* rlhf.supervised rlhf.supervised.* rlhf.eval rlhf.eval.* "
-    "reward_model.model reward_model.data reward_model.packing reward_model.labeling reward_model.labeling.*",
+    "reward_model.model reward_model.ensemble reward_model.data reward_model.packing reward_model.finish "
+    "reward_model.calibrate reward_model.measure "
+    "reward_model.labeling reward_model.labeling.*",
     "rlhf.stages rlhf.stages.* reward_model.train",
     "rlhf.cli rlhf.cli_label rlhf.__main__ rlhf.dry_run rlhf.doctor rlhf.plan rlhf.planning rlhf.footprint "
     "rlhf.machine",

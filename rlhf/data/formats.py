@@ -9,6 +9,7 @@
 | preference | `chosen`, `rejected` and `prompt`; without it both sides start with the prompt (TRL: implicit) |
 | hh | `chosen`, `rejected`: one text of "\\n\\nHuman:" and "\\n\\nAssistant:" turns each |
 | ranking | the fields of `rlhf.types.Ranking` |
+| rating | `prompt`, `response`, `rating`: a number, the higher the better |
 
 Each value is a text (TRL's standard format) or turns (its conversational format). UltraFeedback's mixture,
 a text prompt beside turns that repeat it, is read as `preference`. Pure functions.
@@ -18,34 +19,27 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf.errors import DataError
-from rlhf.types import Message, Preference, Prompt, Ranking
+from rlhf.data.fields import (
+    FieldError,
+    Fields,
+    encodable,
+    is_int,
+    is_number,
+    prompt_at,
+    response_at,
+    text_at,
+    turns_at,
+    value_at,
+)
+from rlhf.types import Message, Preference, Prompt, Ranking, Rating
 
-Fields = Mapping[str, Any]
-
-ROLES = ("system", "user", "assistant")
-_CONTENT_KEYS = {"prompt", "completion", "messages", "chosen", "rejected", "responses", "ranks"}
-_FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_COMPARISON_KEYS = {"chosen", "rejected", "responses", "ranks"}
+_CONTENT_KEYS = {"prompt", "completion", "messages", *_COMPARISON_KEYS}
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class FieldError(DataError):
-    """One value of one row is not what its format asks for.
-
-    Args:
-        key: the key at fault, with its path: `messages[2].role`.
-        problem: continues "key 'x' ".
-        fix: what to write instead.
-    """
-
-    def __init__(self, key: str, problem: str, *, fix: str) -> None:
-        super().__init__(f"key {key!r} {problem}", fix=fix)
-        self.key = key
 
 
 def detect_format(fields: Fields) -> str:
@@ -65,6 +59,8 @@ def detect_format(fields: Fields) -> str:
         return "hh" if "prompt" not in keys and _starts_like_hh(fields["chosen"]) else "preference"
     if "messages" in keys:
         return "messages"
+    if {"response", "rating"} <= keys:
+        return "rating"
     if _whole_pair(keys - {"prompt"} if "completion" not in keys else keys, "completion", "prompt"):
         return "prompt_completion"
     if "prompt" in keys:
@@ -96,129 +92,33 @@ def _starts_like_hh(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("\n\nHuman:")
 
 
-# --- values ------------------------------------------------------------------------------------------------
-
-
-def as_chat(prompt: Prompt) -> list[Message]:
-    """A plain text as a user turn; turns stay."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _get(fields: Fields, key: str) -> Any:
-    if fields.get(key) is None:
-        raise FieldError(key, "is missing", fix=f"add {key!r} or remove the row")
-    return fields[key]
-
-
-def _text(value: Any, key: str) -> str:
-    """`value`, when it is a text with something in it.
-
-    Raises:
-        FieldError: it is not a text, blank, or holds half of a character.
-    """
-    if not isinstance(value, str):
-        raise FieldError(key, f"is {type(value).__name__}, not a string", fix="write it as text in quotes")
-    if not value.strip():
-        raise FieldError(key, "is empty", fix="fill it in or remove the row")
-    return _encodable(value, key)
-
-
-def _encodable(value: str, key: str) -> str:
-    """JSON can spell half of a UTF-16 pair, which no tokenizer takes."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        problem = f"has the lone surrogate {value[error.start]!r} at character {error.start + 1}"
-        raise FieldError(key, problem, fix="remove that half of a character, or the row") from None
-    return value
-
-
-def _turns(value: Any, key: str) -> list[Message]:
-    """Checked turns, reduced to role and content.
-
-    Raises:
-        FieldError: not a list of turns, a wrong role, a blank content, or a system turn after the first.
-    """
-    if not isinstance(value, list) or not value:
-        problem = "is an empty list" if value == [] else f"is {type(value).__name__}, not a list of turns"
-        raise FieldError(key, problem, fix='write [{"role": "user", "content": "..."}]')
-    turns: list[Message] = []
-    for i, turn in enumerate(value):
-        at = f"{key}[{i}]"
-        if not isinstance(turn, Mapping):
-            raise FieldError(at, f"is {type(turn).__name__}, not a turn", fix='write {"role": ..., "content": ...}')
-        role = _get_in(turn, "role", at)
-        if role not in ROLES:
-            near = _FOREIGN_ROLES.get(role) if isinstance(role, str) else None
-            fix = f"write {near!r}" if near else f"use one of {', '.join(ROLES)}"
-            raise FieldError(f"{at}.role", f"is {role!r}, an unknown role", fix=fix)
-        if role == "system" and i:
-            raise FieldError(f"{at}.role", "is 'system' after the first turn", fix="put the system turn first")
-        turns.append({"role": role, "content": _text(_get_in(turn, "content", at), f"{at}.content")})
-    return turns
-
-
-def _get_in(turn: Mapping[str, Any], key: str, at: str) -> Any:
-    if key not in turn:
-        raise FieldError(f"{at}.{key}", "is missing", fix=f"give every turn a {key!r}")
-    return turn[key]
-
-
-def _prompt(value: Any, key: str = "prompt") -> Prompt:
-    if not isinstance(value, list):
-        return _text(value, key)
-    turns = _turns(value, key)
-    if turns[-1]["role"] != "user":
-        last = f"{key}[{len(turns) - 1}].role"
-        raise FieldError(last, f"is {turns[-1]['role']!r} at the end", fix="end a prompt with a user turn")
-    return turns
-
-
-def _response(value: Any, key: str, prompt: Prompt) -> str:
-    """The one answer in `value`: a text, or an assistant turn, perhaps after a repetition of the prompt's turns."""
-    if not isinstance(value, list):
-        return _text(value, key)
-    turns = _turns(value, key)
-    asked = as_chat(prompt)
-    if turns[: len(asked)] == asked:
-        turns = turns[len(asked) :]
-    if len(turns) != 1 or turns[0]["role"] != "assistant":
-        roles = ", ".join(turn["role"] for turn in turns) or "nothing"
-        raise FieldError(
-            key,
-            f"has {roles} after the prompt, not one assistant turn",
-            fix="move all turns but the last into the prompt, the same for both sides of a pair",
-        )
-    return turns[0]["content"]
-
-
 # --- prompts and demonstrations ----------------------------------------------------------------------------
 
 
 def _completion(fields: Fields) -> tuple[Prompt, str]:
-    prompt = _prompt(_get(fields, "prompt"))
-    return prompt, _response(_get(fields, "completion"), "completion", prompt)
+    prompt = prompt_at(value_at(fields, "prompt"))
+    return prompt, response_at(value_at(fields, "completion"), "completion", prompt)
 
 
 def _messages(fields: Fields) -> tuple[Prompt, str]:
-    turns = _turns(_get(fields, "messages"), "messages")
+    turns = turns_at(value_at(fields, "messages"), "messages")
     last = len(turns) - 1
     if turns[-1]["role"] != "assistant":
         key = f"messages[{last}].role"
         raise FieldError(key, f"is {turns[-1]['role']!r} at the end", fix="end a demonstration with an assistant turn")
     if not last:
         raise FieldError("messages", "has an answer without a question", fix="add the user turn before it")
-    return _prompt(turns[:-1], "messages"), turns[-1]["content"]
+    return prompt_at(turns[:-1], "messages"), turns[-1]["content"]
 
 
 def _messages_prompt(fields: Fields) -> Prompt:
-    turns = _turns(_get(fields, "messages"), "messages")
-    return _prompt(turns, "messages") if turns[-1]["role"] == "user" else _messages(fields)[0]
+    turns = turns_at(value_at(fields, "messages"), "messages")
+    return prompt_at(turns, "messages") if turns[-1]["role"] == "user" else _messages(fields)[0]
 
 
 def _plain_text(fields: Fields) -> tuple[Prompt, str]:
     """No other format yields an empty prompt; `templates.prompt_tokens` knows this one by it."""
-    return "", _text(_get(fields, "text"), "text")
+    return "", text_at(value_at(fields, "text"), "text")
 
 
 def _chosen(fields: Fields, pair: Callable[[Fields], Preference]) -> tuple[Prompt, str]:
@@ -227,14 +127,14 @@ def _chosen(fields: Fields, pair: Callable[[Fields], Preference]) -> tuple[Promp
 
 
 def _ranking_prompt(fields: Fields) -> Prompt:
-    return _prompt(_get(fields, "prompt"))
+    return prompt_at(value_at(fields, "prompt"))
 
 
 # --- pairs -------------------------------------------------------------------------------------------------
 
 
 def _preference(fields: Fields) -> Preference:
-    chosen, rejected = _get(fields, "chosen"), _get(fields, "rejected")
+    chosen, rejected = value_at(fields, "chosen"), value_at(fields, "rejected")
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise FieldError("rejected", "is not of the kind of 'chosen'", fix="write both as text, or both as turns")
     prompt = fields.get("prompt")
@@ -244,13 +144,13 @@ def _preference(fields: Fields) -> Preference:
     if prompt is None or repeated:
         implicit = _common_turns if isinstance(chosen, list) else _common_words
         prompt, chosen, rejected = implicit(chosen, rejected)
-    prompt = _prompt(prompt)
-    return Preference(prompt, _response(chosen, "chosen", prompt), _response(rejected, "rejected", prompt))
+    prompt = prompt_at(prompt)
+    return Preference(prompt, response_at(chosen, "chosen", prompt), response_at(rejected, "rejected", prompt))
 
 
 def _common_turns(chosen: list[Any], rejected: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """The turns both sides start with; the last turn of a side is always its answer."""
-    chosen, rejected = list(_turns(chosen, "chosen")), list(_turns(rejected, "rejected"))
+    chosen, rejected = list(turns_at(chosen, "chosen")), list(turns_at(rejected, "rejected"))
     same = 0
     while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
         same += 1
@@ -261,7 +161,7 @@ def _common_turns(chosen: list[Any], rejected: Any) -> tuple[list[Any], list[Any
 
 def _common_words(chosen: Any, rejected: Any) -> tuple[str, str, str]:
     """The words both texts start with. The answers keep their leading white space."""
-    chosen, rejected = _text(chosen, "chosen"), _text(rejected, "rejected")
+    chosen, rejected = text_at(chosen, "chosen"), text_at(rejected, "rejected")
     _differ(chosen, rejected)
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     # A word that only begins alike ("green", "grey") belongs to the answers, and so does the space before it.
@@ -284,7 +184,7 @@ def _hh(fields: Fields) -> Preference:
 
 def _hh_side(fields: Fields, key: str) -> tuple[list[Message], str]:
     """The turns up to the last Human turn, and the answer. Turns of one speaker in a row become one turn."""
-    text = _text(_get(fields, key), key)
+    text = text_at(value_at(fields, key), key)
     if not _starts_like_hh(text):
         fix = "set format: preference if it is no HH dialogue"
         raise FieldError(key, "does not start with '\\n\\nHuman:'", fix=fix)
@@ -298,7 +198,7 @@ def _hh_side(fields: Fields, key: str) -> tuple[list[Message], str]:
             turns.append({"role": role, "content": content})
     if turns[-1]["role"] != "assistant":
         raise FieldError(key, "ends with a Human turn", fix="end it with the Assistant's answer or remove the row")
-    turns = _turns(turns, key)
+    turns = turns_at(turns, key)
     return turns[:-1], turns[-1]["content"]
 
 
@@ -323,7 +223,7 @@ def _pair_ranking(fields: Fields, pair: Callable[[Fields], Preference]) -> Ranki
 
 
 def _probability(value: Any) -> float:
-    if not _is_number(value) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise FieldError("probability", f"is {value!r}, not a number from 0 to 1", fix="correct or remove it")
     if value < 0.5:
         raise FieldError("probability", f"is {value}: rejected wins", fix="swap chosen and rejected, write 1 - p")
@@ -335,34 +235,23 @@ def _margin(fields: Fields) -> float | None:
     value = fields.get("margin")
     if value is None:
         return None
-    if not _is_number(value) or value < 0:
+    if not is_number(value) or value < 0:
         fix = "write by how much the better side's score shall lead, or rename the column if it means something else"
         raise FieldError("margin", f"is {value!r:.60}, not a number of 0 or more", fix=fix)
     return float(value)
 
 
-def _is_number(value: Any) -> bool:
-    """A finite one; NaN is below nothing."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _ranking(fields: Fields) -> Ranking:
     """A row that `write_rankings` wrote, or one like it. A sampled response may be empty."""
-    responses = _get(fields, "responses")
+    responses = value_at(fields, "responses")
     if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
         raise FieldError("responses", "is not a list of two or more strings", fix="rank at least two responses")
     k = len(responses)
-    ranks = _k_items(fields, "ranks", k, _is_int)
+    ranks = _k_items(fields, "ranks", k, is_int)
     if ranks is None or min(ranks) != 1:
         raise FieldError("ranks", f"is {ranks}: the best rank is not 1", fix="count ranks from 1, the best")
-    responses = [_encodable(response, f"responses[{i}]") for i, response in enumerate(responses)]
-    tokens = _k_items(
-        fields, "tokens", k, lambda row: isinstance(row, list) and all(_is_int(t) and t >= 0 for t in row)
-    )
+    responses = [encodable(response, f"responses[{i}]") for i, response in enumerate(responses)]
+    tokens = _k_items(fields, "tokens", k, lambda row: isinstance(row, list) and all(is_int(t) and t >= 0 for t in row))
     _empty_ones_tie(responses, tokens, ranks)
     meta = fields.get("meta") or {}
     if not isinstance(meta, Mapping):
@@ -373,7 +262,7 @@ def _ranking(fields: Fields) -> Ranking:
         ranks=ranks,
         wins=_wins(fields, k),
         tokens=tokens,
-        gold_scores=_k_items(fields, "gold_scores", k, _is_number),
+        gold_scores=_k_items(fields, "gold_scores", k, is_number),
         prompt_id=str(fields.get("prompt_id") or ""),
         meta=dict(meta),
         margin=_margin(fields),
@@ -406,9 +295,7 @@ def _k_items(fields: Fields, key: str, k: int, valid: Callable[[Any], bool]) -> 
 
 def _wins(fields: Fields, k: int) -> list[list[float]] | None:
     """A K x K matrix of probabilities with wins[i][j] + wins[j][i] = 1."""
-    wins = _k_items(
-        fields, "wins", k, lambda row: isinstance(row, list) and len(row) == k and all(map(_is_number, row))
-    )
+    wins = _k_items(fields, "wins", k, lambda row: isinstance(row, list) and len(row) == k and all(map(is_number, row)))
     if wins is None:
         return None
     for i, j in itertools.product(range(k), repeat=2):
@@ -417,6 +304,25 @@ def _wins(fields: Fields, k: int) -> list[list[float]] | None:
             problem = f"is {here} beside wins[{j}][{i}] {there}: not a probability and its complement"
             raise FieldError(f"wins[{i}][{j}]", problem, fix="make the two add up to 1, with 0.5 on the diagonal")
     return wins
+
+
+# --- ratings -----------------------------------------------------------------------------------------------
+
+
+def _rating(fields: Fields) -> Rating:
+    prompt = prompt_at(value_at(fields, "prompt"))
+    rating = value_at(fields, "rating")
+    if not is_number(rating):
+        raise FieldError("rating", f"is {rating!r:.60}, not a number", fix="correct it or remove the row")
+    return Rating(prompt, response_at(value_at(fields, "response"), "response", prompt), float(rating))
+
+
+def labels_of(fields: Fields) -> str:
+    """What a row says about answers: "comparisons", "ratings" or ""."""
+    keys = {key for key, value in fields.items() if value is not None}
+    if keys & _COMPARISON_KEYS:
+        return "comparisons"
+    return "ratings" if {"response", "rating"} <= keys else ""
 
 
 # --- one line per format -----------------------------------------------------------------------------------
@@ -428,6 +334,7 @@ PROMPTS: dict[str, Callable[[Fields], Prompt]] = {
     "preference": lambda fields: _preference(fields).prompt,
     "hh": lambda fields: _hh(fields).prompt,
     "ranking": _ranking_prompt,
+    "rating": _ranking_prompt,
 }
 DEMONSTRATIONS: dict[str, Callable[[Fields], tuple[Prompt, str]]] = {
     "prompt_completion": _completion,
@@ -441,6 +348,7 @@ RANKINGS: dict[str, Callable[[Fields], Ranking]] = {
     "hh": lambda fields: _pair_ranking(fields, _hh),
     "ranking": _ranking,
 }
+RATINGS: dict[str, Callable[[Fields], Rating]] = {"rating": _rating}
 
 
 def scalar_meta(fields: Fields) -> dict[str, Any]:

@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.config_schema import DatasetConfig
+from rlhf.data.fields import FieldError, Fields, as_chat
 from rlhf.data.formats import (
     DEMONSTRATIONS,
     PROMPTS,
     RANKINGS,
-    FieldError,
-    Fields,
-    as_chat,
+    RATINGS,
     detect_format,
+    labels_of,
     scalar_meta,
 )
 from rlhf.data.rows import BadRow, Row, iterate
 from rlhf.errors import DataError
-from rlhf.types import Prompt, Ranking
+from rlhf.types import Prompt, Ranking, Rating
 
 __all__ = [
     "BadRow",
@@ -43,6 +43,7 @@ __all__ = [
     "read_demonstrations",
     "read_prompts",
     "read_rankings",
+    "read_ratings",
     "read_rows",
     "write_rankings",
 ]
@@ -57,7 +58,7 @@ _SHOWN = 3  # bad rows named in a message
 class Records(list[T]):
     """The usable records in file order, their format, and the rows that were left out.
 
-    `places`: of rankings, which do not carry it themselves, where each one stands.
+    `places`: of rankings and ratings, which do not carry it themselves, where each one stands.
     """
 
     def __init__(self, records: Iterable[T] = (), *, format: str = "", quarantined: Iterable[BadRow] = ()) -> None:
@@ -92,7 +93,7 @@ def prompt_id(prompt: Prompt) -> str:
     return hashlib.sha1(text.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()[:12]
 
 
-# --- the four readers --------------------------------------------------------------------------------------
+# --- the five readers --------------------------------------------------------------------------------------
 
 
 def read_rows(cfg: DatasetConfig) -> Records[Row]:
@@ -105,7 +106,7 @@ def read_rows(cfg: DatasetConfig) -> Records[Row]:
 
 
 def read_prompts(cfg: DatasetConfig) -> Records[PromptRecord]:
-    """The prompt part of every row, whatever the format. Pairs and rankings of one prompt give one record.
+    """The prompt part of every row, whatever the format. Pairs, rankings and ratings of one prompt give one record.
 
     Raises:
         DataError: see `read_rows`; also rows without a usable prompt.
@@ -117,7 +118,7 @@ def read_prompts(cfg: DatasetConfig) -> Records[PromptRecord]:
         return PromptRecord(prompt, prompt_id(prompt), scalar_meta(row.fields), row.where)
 
     records = _keep(cfg, build, parser)
-    if parser.format in RANKINGS:
+    if parser.format in RANKINGS or parser.format in RATINGS:
         first = {record.prompt_id: record for record in reversed(records)}
         records[:] = [record for record in records if first[record.prompt_id] is record]
     return records
@@ -148,6 +149,26 @@ def read_rankings(cfg: DatasetConfig) -> Records[Ranking]:
         ranking.prompt_id = ranking.prompt_id or prompt_id(ranking.prompt)
         ranking.meta = ranking.meta if parser.format == "ranking" else scalar_meta(row.fields)
         return ranking
+
+    records = _keep(cfg, build, parser)
+    records.places = places
+    return records
+
+
+def read_ratings(cfg: DatasetConfig) -> Records[Rating]:
+    """A rating per row; a prompt may have several.
+
+    Raises:
+        DataError: see `read_rows`; also a format without ratings, or a comparison among them.
+    """
+    parser = _Parser(cfg, RATINGS, "ratings")
+    places: list[str] = []
+
+    def build(row: Row) -> Rating:
+        rating = parser(row)
+        places.append(row.where)
+        rating.prompt_id = prompt_id(rating.prompt)
+        return rating
 
     records = _keep(cfg, build, parser)
     records.places = places
@@ -201,6 +222,7 @@ class _Parser:
             self.format = self.format or detect_format(row.fields)
             self._check(row)
             self._checked = True
+        self._refuse_mixture(row)
         return self._table[self.format](row.fields)
 
     def _check(self, row: Row) -> None:
@@ -209,7 +231,27 @@ class _Parser:
         fix = f"give one of the formats {', '.join(self._table)}; or set `format:` if it was taken wrongly"
         if self.format == "rollouts":
             fix = "rank the rollouts first: run the stage `label` on this file and use its rankings"
+        elif self.format in RATINGS and self._wanted == "preferences":
+            fix = "set `loss: pointwise`, which learns from ratings; the other losses learn from comparisons"
+        elif self.format in RANKINGS and self._wanted == "ratings":
+            fix = "set another loss: `pointwise` learns from ratings, all others from comparisons"
         raise DataError(f"{row.where}: no {self._wanted} can be read from rows of format {self.format!r}", fix=fix)
+
+    def _refuse_mixture(self, row: Row) -> None:
+        """Not a matter of tolerance: a number for one answer and a choice between two are different measurements.
+
+        Raises:
+            DataError: a rating among comparisons, or the other way round.
+        """
+        if self._table is not RANKINGS and self._table is not RATINGS:
+            return
+        wanted = "ratings" if self._table is RATINGS else "comparisons"
+        found = labels_of(row.fields)
+        if found and found != wanted:
+            raise DataError(
+                f"{row.where}: {found} among {wanted}; no reward model learns from both in one training set",
+                fix="put them into two files and train on one of them",
+            )
 
 
 def _keep(cfg: DatasetConfig, build: Callable[[Row], P], parser: _Parser | None = None) -> Records[P]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.data.formats import as_chat
+from rlhf.data.fields import as_chat
 from rlhf.data.records import PromptRecord
 from rlhf.errors import DataError, ModelError
 from rlhf.types import Message, Prompt

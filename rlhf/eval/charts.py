@@ -168,6 +168,51 @@ def line_chart(
     return _svg(f"{title}: {last}", _WIDTH, _HEIGHT, body)
 
 
+def point_chart(
+    series: Sequence[Series], *, title: str, unit: str = "", x_unit: str = "", diagonal: bool = False
+) -> Markup:
+    """Few points per series, each drawn as it is and joined by straight lines; an empty markup without points.
+
+    Args:
+        series: those without points are left out.
+        title: for screen readers.
+        unit: of the y axis, in tooltips.
+        x_unit: label of the x axis.
+        diagonal: both axes have one range, and y = x is drawn dashed.
+    """
+    drawn = [s for s in series if s.points]
+    if not drawn:
+        return Markup("")
+    xs, ys = ([point[axis] for s in drawn for point in s.points] for axis in (0, 1))
+    low, high = (min(xs), max(xs)) if not diagonal else (min(*xs, *ys), max(*xs, *ys))
+    y_ticks = nice_ticks(low, high) if diagonal else nice_ticks(min(ys), max(ys))
+    x_ticks = y_ticks if diagonal else [t for t in nice_ticks(low, high, 5) if low <= t <= high] or [low]
+    x_of = _scale(min(low, x_ticks[0]), max(high, x_ticks[-1]), _LEFT, _WIDTH - _RIGHT)
+    y_of = _scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
+    body = [_grid(x_ticks, y_ticks, x_of, y_of, x_unit)]
+    if diagonal:
+        line = Markup('<line class="target" x1="{}" y1="{}" x2="{}" y2="{}"/>')
+        ends = (y_ticks[0], y_ticks[-1])
+        body.append(line.format(*(_px(f(end)) for end in ends for f in (x_of, y_of))))
+    body += [_joined(s, x_of, y_of, unit, x_unit) for s in drawn]
+    last = ", ".join(f"{s.name} ends at {number(s.points[-1][1])} {unit}".strip() for s in drawn)
+    return _svg(f"{title}: {last}", _WIDTH, _HEIGHT, body)
+
+
+def _joined(
+    series: Series, x_of: Callable[[float], float], y_of: Callable[[float], float], unit: str, x_unit: str
+) -> Markup:
+    at = [(_px(x_of(x)), _px(y_of(y))) for x, y in series.points]
+    marks = [
+        Markup('<circle class="mark tone{}" cx="{}" cy="{}" r="4"><title>{}</title></circle>').format(
+            series.tone, *place, f"{series.name}, {x_unit} {number(x)}: {number(y)} {unit}".rstrip()
+        )
+        for place, (x, y) in zip(at, series.points, strict=True)
+    ]
+    path = Markup('<path class="line tone{}" d="{}"/>').format(series.tone, "M" + "L".join(map(" ".join, at)))
+    return path + Markup("").join(marks)
+
+
 def smoothed_last(points: Sequence[Point]) -> float:
     """Where the smoothed line ends; what the page prints beside the chart."""
     return smooth_at([y for _, y in points], len(points) - 1)

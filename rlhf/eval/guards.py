@@ -28,6 +28,7 @@ MAX_DUPLICATE_RISE = 0.25
 MIN_EOS_SHARE = 0.9
 MAX_LENGTH_RATIO = 1.5
 MAX_LENGTH_CORRELATION = 0.5
+MAX_DISAGREEMENT_RATIO = 2.0
 MAX_CLIP_FRACTION = 0.3
 MAX_SAMPLER_GAP = 0.1
 
@@ -144,6 +145,16 @@ def _length_reward(rows: Sequence[Row], limits: Limits) -> Reading | None:
     )
 
 
+def _disagreement(rows: Sequence[Row], limits: Limits) -> Reading | None:
+    """Recorded where the reward model is an ensemble."""
+    found = _now_and_start(rows, "objective/reward_std")
+    if found is None or found[1] == 0:
+        return None
+    now, start = found
+    text = f"The members of the reward model differ by {number(now)} (standard deviation), {number(start)} at the start"
+    return Reading(now > MAX_DISAGREEMENT_RATIO * start, text)
+
+
 def _critic(rows: Sequence[Row], limits: Limits) -> Reading | None:
     value = _now(rows, "val/explained_var")
     if value is None or rows[-1]["step"] <= limits.critic_warmup_steps + CRITIC_STEPS:
@@ -185,6 +196,7 @@ GUARDS: dict[str, Callable[[Sequence[Row], Limits], Reading | None]] = {
     "eos": _eos,
     "length": _length,
     "length_reward": _length_reward,
+    "disagreement": _disagreement,
     "critic": _critic,
     "clip": _clip,
     "sampler": _sampler,

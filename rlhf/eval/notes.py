@@ -69,6 +69,12 @@ WORDS = {
         "The reward model learned length in place of quality, or answers that are cut score low.",
         "Compare scores and lengths in samples.jsonl; give the reward model pairs of like length.",
     ),
+    "disagreement": Words(
+        "The reward model's members agree as they did",
+        "The reward model's members disagree more and more",
+        "The policy writes answers unlike those that were labeled: there the score is a guess, which PPO goes for.",
+        "Label this policy's answers, set `reward_aggregate: mean_minus_std`, or lower `kl.target`.",
+    ),
     "critic": Words(
         "The critic explains the returns",
         "The critic is worse than a constant",

@@ -71,6 +71,14 @@ CHARTS = (
     ),
     Chart(
         "ppo",
+        "Disagreement of the reward model's members",
+        "standard deviation of the score",
+        (("objective/reward_std", "disagreement"),),
+        "Steady. Where it grows, the policy writes what nobody labeled.",
+        floor=0.0,
+    ),
+    Chart(
+        "ppo",
         "KL to the reference",
         "nats",
         (("objective/kl", "KL"),),

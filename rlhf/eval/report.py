@@ -122,7 +122,7 @@ def render_report(cfg: ReportStage) -> str:
     run = read_run(cfg)
     summary = summarise(run, seed=cfg.seed)
     page = (
-        _template_environment()
+        template_environment()
         .get_template("report.html.j2")
         .render(
             title=cfg.title,
@@ -148,7 +148,8 @@ def render_report(cfg: ReportStage) -> str:
     return clean(page)
 
 
-def _template_environment() -> Environment:
+def template_environment() -> Environment:
+    """For pages whose texts are escaped and whose numbers are shown as the report shows them."""
     env = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,16 @@ def has_score_head(folder: Path) -> bool:
     return _HEAD in (described(folder).get("modules_to_save") or ())
 
 
-def save_adapter(handle: Any, folder: Path, *, head: Any = None, files: dict[str, str] | None = None) -> bool:
+def save_adapter(
+    handle: Any, folder: Path, *, head: Any = None, further: Callable[[Path], object] | None = None
+) -> bool:
     """Write the adapter by itself, unrounded; False when there is none, and an earlier run's is taken away.
 
     Args:
         handle: what `apply_tuning` gave.
         head: a scalar head that was trained with it. It is written as peft's own reward models have it, so that
             `AutoPeftModelForSequenceClassification` reads the folder, too.
-        files: name -> text of further files.
+        further: writes further files into the folder that it is given.
     """
     if not hasattr(handle, "unload"):
         if (folder / MANIFEST).is_file():
@@ -111,8 +114,8 @@ def save_adapter(handle: Any, folder: Path, *, head: Any = None, files: dict[str
             save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
             config |= {"task_type": "SEQ_CLS", "modules_to_save": [_HEAD]}
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-        for name, text in (files or {}).items():
-            (staging / name).write_text(text, encoding="utf-8")
+        if further is not None:
+            further(staging)
     return True
 
 

@@ -42,24 +42,35 @@ class ScalarModel(nn.Module):
         self.mean.fill_(mean)
         self.std.fill_(std)
 
+    def states(self, tokens_BT: Tensor, attention_mask: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """What the head reads, [B, T, H]; masks as `hidden_states`."""
+        if self.branch is not None:
+            return self.branch(tokens_BT, attention_mask, positions_BT)
+        return hidden_states(backbone_of(self.classifier), tokens_BT, attention_mask, positions_BT)
+
     def forward(self, tokens_BT: Tensor, attention_mask: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """Normalised score after reading `tokens_BT[b, :t + 1]`, float32, shape [B, T]; masks as `hidden_states`."""
-        if self.branch is not None:
-            hidden_BTH = self.branch(tokens_BT, attention_mask, positions_BT)
-        else:
-            hidden_BTH = hidden_states(backbone_of(self.classifier), tokens_BT, attention_mask, positions_BT)
-        with torch.autocast(hidden_BTH.device.type, enabled=False):  # a scalar head in bf16 has 3 digits
-            head = self.classifier.score
-            bias = None if head.bias is None else head.bias.float()
-            raw_BT = nn.functional.linear(hidden_BTH.float(), head.weight.float(), bias).squeeze(-1)
+        hidden_BTH = self.states(tokens_BT, attention_mask, positions_BT)
+        raw_BT = read_with(self.classifier.score, hidden_BTH).squeeze(-1)
         return (raw_BT - self.mean) / self.std
 
     def score_last(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """Normalised score at the last real token, shape [B], wherever the padding stands."""
-        scores_BT = self(tokens_BT, attention_mask_BT)
-        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        last_B = (positions_T * attention_mask_BT.long()).argmax(1)
-        return scores_BT.gather(1, last_B[:, None]).squeeze(1)
+        return at_last_token(self(tokens_BT, attention_mask_BT), attention_mask_BT)
+
+
+def read_with(head: nn.Linear, hidden_BTH: Tensor) -> Tensor:
+    """What a head of M scores makes of hidden states, [B, T, M], in float32: in bf16 a score has 3 digits."""
+    with torch.autocast(hidden_BTH.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(hidden_BTH.float(), head.weight.float(), bias)
+
+
+def at_last_token(scores_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """The scores at the last real token of every row, wherever the padding stands: [B], or [B, M] of [B, T, M]."""
+    positions_T = torch.arange(attention_mask_BT.shape[1], device=attention_mask_BT.device)
+    last_B = (positions_T * attention_mask_BT.long()).argmax(1)
+    return scores_BT[torch.arange(len(last_B), device=last_B.device), last_B]
 
 
 class Critic(nn.Module):
@@ -83,15 +94,21 @@ def load_scalar_model(
         ModelError: as `load_sequence_classifier`, or its normalisation cannot be read.
     """
     classifier = load_sequence_classifier(name, dtype=dtype, new_head=new_head, keep_adapter=keep_adapter)
-    file = cached_file(
+    file = file_beside(name, NORMALISATION_FILE)
+    try:
+        moments = json.loads(file.read_text()) if file else {}
+        return ScalarModel(classifier, mean=float(moments.get("mean", 0.0)), std=float(moments.get("std", 1.0)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged ({error})", fix="restore it, or train the reward model again") from None
+
+
+def file_beside(name: str, file: str) -> Path | None:
+    """A file of ours in the folder of a model or adapter, or in its repository on the hub; None where there is none."""
+    found = cached_file(
         str(adapter_folder(name) or resolve_model(name)),
-        NORMALISATION_FILE,
+        file,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    try:
-        moments = json.loads(Path(file).read_text()) if file else {}
-        return ScalarModel(classifier, mean=float(moments.get("mean", 0.0)), std=float(moments.get("std", 1.0)))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is damaged ({error})", fix="restore it, or train the reward model again") from None
+    return Path(found) if found else None

@@ -16,7 +16,9 @@ from rlhf.errors import DataError
 from rlhf.files import atomic_write
 from rlhf.types import Rollout, RolloutBatch, StopReason
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)
+"""Version 1 has no `score_std`."""
 
 
 def pad_right(rows: Sequence[Sequence[Any]], value: Any, dtype: torch.dtype) -> Tensor:
@@ -95,9 +97,9 @@ class RolloutBuffer:
         except pa.ArrowInvalid as error:
             raise DataError(f"{path} is not a Parquet file ({error})", fix="sample the rollouts again") from None
         version = int((table.schema.metadata or {}).get(b"rlhf_schema", b"0"))
-        if version != SCHEMA_VERSION:
+        if version not in READABLE:
             raise DataError(
-                f"{path} has rollout schema {version}, this program reads {SCHEMA_VERSION}",
+                f"{path} has rollout schema {version}, this program reads {' and '.join(map(str, READABLE))}",
                 fix="sample the rollouts again",
             )
         return cls(_rollouts_from(table.to_pydict()))
@@ -125,6 +127,7 @@ def _schema() -> Any:
         "gold_score": pa.float64(),
         "policy": pa.string(),
         "step": pa.int64(),
+        "score_std": pa.float64(),
     }
     return pa.schema(list(types.items()), metadata={"rlhf_schema": str(SCHEMA_VERSION)})
 

@@ -35,7 +35,8 @@ def rollout_metrics(
     """Means over the sequences of all ranks; KL and entropy in nats, lengths in tokens.
 
     Rows without actions, which got no score, count in `objective/invalid_frac` alone.
-    `objective/rlhf_reward` is score - coef * KL per sequence, the quantity that RLHF maximises. `response/distinct_n`
+    `objective/rlhf_reward` is score - coef * KL per sequence, the quantity that RLHF maximises. `objective/reward_std`
+    is the standard deviation of an ensemble's members over the score of a response. `response/distinct_n`
     are shares of all n-grams of words, `response/duplicate_frac` the share of answers that repeat another one.
     """
     mask_BT = batch.action_mask_BT
@@ -55,6 +56,8 @@ def rollout_metrics(
     }
     if all(r.gold_score is not None for r in rollouts):
         per_sequence["objective/gold"] = torch.tensor([r.gold_score for r in rollouts], device=mask_BT.device)
+    if all(r.score_std is not None for r in rollouts):
+        per_sequence["objective/reward_std"] = torch.tensor([r.score_std for r in rollouts], device=mask_BT.device)
     per_token = {"policy/entropy_avg": (batch.entropy_BT * mask_BT).sum(), "val/sampler_gap": sampler_gap_BT.sum()}
     counts = [valid_B.sum().double(), mask_BT.sum().double(), mask_BT.new_tensor(len(rollouts), dtype=torch.float64)]
     columns = [torch.where(valid_B, column.double(), 0.0).sum() for column in per_sequence.values()]

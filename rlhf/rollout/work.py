@@ -24,6 +24,7 @@ class StepWork:
         trains_head: of the policy; the critic's always learns.
         begins: role -> the layers below its own, which are computed once for all roles and epochs (`sharing: hydra`).
         trunk_is_sampled: those below the policy's own are computed while sampling.
+        reward_passes: through the reward model's layers per row; an ensemble of adapters has one for each.
     """
 
     policy: Shape
@@ -36,9 +37,10 @@ class StepWork:
     trains_head: bool = True
     begins: Mapping[str, int] = field(default_factory=dict)
     trunk_is_sampled: bool = False
+    reward_passes: int = 1
 
     @classmethod
-    def of(cls, cfg: PPOStage, begins: Mapping[str, int] | None = None) -> StepWork | None:
+    def of(cls, cfg: PPOStage, begins: Mapping[str, int] | None = None, *, reward_passes: int = 1) -> StepWork | None:
         """Of a configuration, and of what its models have in common; None where a shape cannot be counted."""
         critic = cfg.reward_model if cfg.critic_init == "reward_model" else cfg.model
         try:
@@ -53,6 +55,7 @@ class StepWork:
                 trains_head=cfg.tuning.kind == "full" and cfg.tuning.layers is None,
                 begins=begins or {},
                 trunk_is_sampled=cfg.sharing == "hydra" and cfg.sampling.engine == "native",
+                reward_passes=reward_passes,
             )
         except ModelError:
             return None
@@ -75,7 +78,7 @@ class StepWork:
             "critic": self._forward("critic", self.critic, load, load.tokens),
         }
         if self.reward:
-            passes["reward"] = self._forward("reward", self.reward, load, load.tokens)
+            passes["reward"] = self.reward_passes * self._forward("reward", self.reward, load, load.tokens)
         sampled = self.begins.get("policy", 0) if self.trunk_is_sampled else 0
         common = max(self.begins.values(), default=0) - sampled
         score = sum(passes.values()) + forward_flops(self.policy, load, head_positions=0, layers=common)

@@ -71,7 +71,7 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
         options,
         runtime,
         resume=resume,
-        work=StepWork.of(cfg, roles.begins(reward_fn)),
+        work=StepWork.of(cfg, roles.begins(reward_fn), reward_passes=getattr(reward_fn, "passes", 1)),
     ) as run:
         if runtime.is_main:
             show_prompts(run.progress.console, roles.tokenizer, title, prompts)
@@ -111,13 +111,17 @@ def main(cfg: PPOStage, options: RunOptions) -> RunResult:
 
 
 def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
-    """The reward model, a programmatic scorer, or a served reward."""
+    """The reward model, a programmatic scorer, or a served reward.
+
+    Raises:
+        ConfigError: `reward_aggregate` for a reward model that is no ensemble.
+    """
     if cfg.reward_endpoint is not None:
         return RewardEndpoint(cfg.reward_endpoint, runtime)
     if cfg.reward_model is None:
         assert cfg.scorer is not None, "config_schema.PPOStage checks this"
         return SCORERS[cfg.scorer]
-    return RewardModel.load(
+    model = RewardModel.load(
         cfg.reward_model,
         runtime,
         tokenizer=roles.tokenizer,
@@ -125,6 +129,8 @@ def build_reward(cfg: PPOStage, roles: Roles, runtime: Runtime) -> RewardFn:
         micro_batch_tokens=2 * cfg.micro_batch_tokens if cfg.micro_batch_tokens else None,
         share=roles.share,
     )
+    model.aggregate_by(cfg.reward_aggregate, cfg.reward_std_coef)
+    return model
 
 
 def load_prompts(cfg: PPOStage, tokenizer: Any) -> tuple[list[TokenizedPrompt], str]:

@@ -36,8 +36,8 @@ class Left:
         """Of all final models."""
         found = {}
         for part in ("final", "critic"):
-            if (file := self.folder / part / "model.safetensors").is_file():
-                found |= {f"{part}.{name}": tensor for name, tensor in load_file(file).items()}
+            for file in sorted((self.folder / part).rglob("*.safetensors")):
+                found |= {f"{part}.{file.parent.name}.{name}": tensor for name, tensor in load_file(file).items()}
         return found
 
     @property

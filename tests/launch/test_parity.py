@@ -43,6 +43,16 @@ def settings(preferences: str, demonstrations_file: str) -> Callable[[str], tupl
         "ppo ptx": ("ppo", {**PPO, "ptx": {"path": demonstrations_file}, "ptx_coef": 0.5}),
         "reward": ("reward", {**REWARD, "dataset": {"path": preferences}}),
         "reward lora": ("reward", {**REWARD, "tuning": LORA["tuning"], "dataset": {"path": preferences}}),
+        "reward heads": ("reward", {**REWARD, "ensemble": {"members": 3}, "dataset": {"path": preferences}}),
+        "reward adapters": (
+            "reward",
+            {
+                **REWARD,
+                "ensemble": {"members": 2, "kind": "adapters"},
+                "tuning": LORA["tuning"],
+                "dataset": {"path": preferences},
+            },
+        ),
     }.__getitem__
 
 
@@ -80,7 +90,11 @@ def test_ppo_under_zero3_is_ppo_and_goes_on_in_one_process(launch: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["ppo", "ppo lora", "ppo shared lora", "ppo hydra", "ppo ptx", "reward", "reward lora"]
+    "name",
+    [
+        *("ppo", "ppo lora", "ppo shared lora", "ppo hydra", "ppo ptx"),
+        *("reward", "reward lora", "reward heads", "reward adapters"),
+    ],
 )
 def test_processes_and_zero_change_nothing(launch: Any, settings: Any, name: str) -> None:
     stage, changes = settings(name)
@@ -90,7 +104,7 @@ def test_processes_and_zero_change_nothing(launch: Any, settings: Any, name: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "reward"])
+@pytest.mark.parametrize("name", ["ppo", "reward", "reward heads", "reward adapters"])
 @pytest.mark.parametrize("kind", ["alone", *DISTRIBUTED])
 def test_a_resumed_run_repeats_every_bit(launch: Any, settings: Any, name: str, kind: str) -> None:
     stage, changes = settings(name)

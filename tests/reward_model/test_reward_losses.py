@@ -330,3 +330,27 @@ def test_centering_refuses_wrong_arguments():
         centering(torch.zeros(3))
     with pytest.raises(ValueError, match=r"'mask_BK': \(2, 3\)"):
         centering(torch.zeros(2, 2), torch.ones(2, 3, dtype=torch.bool))
+
+
+# Weights of prompts
+
+
+@pytest.mark.parametrize("loss", ["all_pairs", "plackett_luce", "centering"])
+def test_a_weight_of_three_is_three_copies_and_one_of_zero_is_none(loss: str):
+    """The third prompt has one completion, and so no part in the mean whatever its weight."""
+    scores_BK, ranks_BK = random_scores(3, 3), torch.tensor([[1, 2, 3], [2, 1, 3], [1, 2, 3]])
+    mask_BK = torch.tensor([[True] * 3, [True] * 3, [True, False, False]])
+
+    def of(rows: list[int], weight_B: torch.Tensor | None) -> float:
+        s, m, r = scores_BK[rows], mask_BK[rows], ranks_BK[rows]
+        wins = (r[:, :, None] < r[:, None, :]).double()
+        pairs = m[:, :, None] & m[:, None, :]
+        results = {
+            "all_pairs": lambda: all_pairs(s, wins, pairs, weight_B=weight_B),
+            "plackett_luce": lambda: plackett_luce(s, r, m, weight_B=weight_B),
+            "centering": lambda: centering(s, m, weight_B=weight_B),
+        }
+        return results[loss]().item()
+
+    assert of([0, 1, 2], torch.tensor([3.0, 1.0, 5.0])) == pytest.approx(of([0, 0, 0, 1], None))
+    assert of([0, 1, 2], torch.tensor([0.0, 2.0, 1.0])) == pytest.approx(of([1], None))

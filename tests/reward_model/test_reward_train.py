@@ -62,6 +62,43 @@ def test_the_loss_falls_and_the_held_out_accuracy_is_one(config: Any, metrics_of
     assert not any("lora" in name for name in names)
 
 
+RATED = {GOOD: 5.0, MIDDLE: 3.0, POOR: 1.0}
+
+
+@pytest.fixture
+def ratings(jsonl: Any) -> str:
+    rows = [{"prompt": f"explain {word}", "response": a, "rating": r} for word in WORDS for a, r in RATED.items()]
+    return jsonl("ratings.jsonl", rows)
+
+
+@pytest.mark.parametrize("ensemble", [None, {"members": 2}], ids=["single", "ensemble"])
+def test_ratings_are_learned_on_their_own_scale(config: Any, ratings: str, ensemble: Any) -> None:
+    """Mean 3, variance 8/3: what a constant guess gets."""
+    cfg = config(loss="pointwise", dataset={"path": ratings}, epochs=6, ensemble=ensemble)
+    summary = train.main(cfg, RunOptions()).summary
+    assert summary["rating_mse_of_a_constant"] == pytest.approx(8 / 3)
+    assert summary["rating_mse"] < 0.3
+    assert summary["rating_correlation"] > 0.95
+    assert (summary["accuracy"], summary["pairs"], summary["prompts"]) == (1.0, 12, 4)
+
+
+def test_one_rating_per_prompt_leaves_no_pair_to_order(config: Any, jsonl: Any) -> None:
+    rows = [
+        {"prompt": f"explain {w}", "response": GOOD if i % 2 else POOR, "rating": i % 2} for i, w in enumerate(WORDS)
+    ]
+    cfg = config(loss="pointwise", dataset={"path": jsonl("r.jsonl", rows)}, epochs=1)
+    result = train.main(cfg, RunOptions())
+    assert "accuracy" not in result.summary
+    assert "rating_mse" in result.summary
+    assert "No pair can be compared" in (Path(result.run_dir) / "reward_report.html").read_text()
+
+
+def test_equal_ratings_teach_nothing(config: Any, jsonl: Any) -> None:
+    rows = [{"prompt": f"explain {w}", "response": GOOD, "rating": 2} for w in WORDS]
+    with pytest.raises(DataError, match=r"all 12 ratings are 2\.0"):
+        train.main(config(loss="pointwise", dataset={"path": jsonl("r.jsonl", rows)}), RunOptions())
+
+
 def test_lora_also_leaves_an_adapter_with_head_and_normalisation(config: Any, rankings: str, tiny: Any) -> None:
     """In fp32 the adapter and what it is folded into score alike; a mean of its own, for in bf16 they do not."""
     cfg = config(tuning={"kind": "lora", "rank": 8}, optim={"lr": 2e-2})

@@ -68,7 +68,7 @@ def test_the_weights_are_those_of_the_built_roles(stage_config: Any, deep: Any, 
     runtime = Runtime.start(seed=0, precision=precision)
     roles = build_roles(cfg, runtime)
     reward: Any = build_reward(cfg, roles, runtime)
-    modules = [roles.actor_critic, roles.reference, roles.sampler._lm, reward._scalar]
+    modules = [roles.actor_critic, roles.reference, roles.sampler._lm, reward._model]
     modules += [module.branch for module in modules if getattr(module, "branch", None) is not None]
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in modules for p in m.parameters()}
     expected = sum(held.values())

@@ -45,6 +45,7 @@ def changes(guards: Guards, rows: Sequence[dict[str, Any]]) -> list[tuple[int, s
         ("length", "response/length_mean", 60.0, 40.0, 39.9),
         ("length_reward", "response/score_length_corr", 0.0, 0.5, 0.51),
         ("length_reward", "response/score_length_corr", 0.0, -0.5, -0.51),
+        ("disagreement", "objective/reward_std", 0.2, 0.4, 0.41),
         ("critic", "val/explained_var", 0.5, 0.0, -0.01),
         ("clip", "policy/clipfrac_avg", 0.1, 0.3, 0.31),
         ("sampler", "val/sampler_gap", 0.05, 0.1, 0.11),

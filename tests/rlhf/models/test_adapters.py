@@ -57,8 +57,13 @@ def reward(tiny: Any, tmp_path: Path) -> str:
     classifier = load_scalar_model(tiny.path, dtype=torch.float32, new_head=True).classifier
     handle = apply_tuning(classifier, TUNING, torch.float32, head=classifier.score)
     moved(classifier)
-    files = {NORMALISATION_FILE: json.dumps({"mean": 0.5, "std": 2.0})}
-    save_adapter(handle, tmp_path / "reward_adapter", head=classifier.score, files=files)
+    moments = json.dumps({"mean": 0.5, "std": 2.0})
+    save_adapter(
+        handle,
+        tmp_path / "reward_adapter",
+        head=classifier.score,
+        further=lambda folder: (folder / NORMALISATION_FILE).write_text(moments),
+    )
     return str(tmp_path / "reward_adapter")
 
 
@@ -95,7 +100,7 @@ def test_policy_critic_and_reward_model_stand_on_one_base(
     critic = roles.actor_critic.critic.scalar
     model = RewardModel.load(reward, runtime, tokenizer=tiny.tokenizer, share=roles.share)
     base = {id(p) for p in roles.actor_critic.policy.lm.parameters() if not p.requires_grad}
-    for scalar in (critic, model._scalar):
+    for scalar in (critic, model._model):
         others = [name for name, p in scalar.classifier.model.named_parameters() if id(p) not in base]
         assert others
         assert all("lora_" in name for name in others)

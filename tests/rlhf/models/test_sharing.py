@@ -88,7 +88,7 @@ def test_a_branch_begins_where_a_model_learns_or_differs(
     reward = RewardModel.load(cfg.reward_model, runtime, tokenizer=tiny.tokenizer, share=roles.share)
     assert roles.begins(reward) == {"policy": 1, "reference": 3, "critic": critic, "reward": 2}
     below = {id(p) for layer in roles.reference.lm.model.layers[:1] for p in layer.parameters()}
-    assert below <= {id(p) for p in reward._scalar.classifier.parameters()}
+    assert below <= {id(p) for p in reward._model.classifier.parameters()}
     assert below <= {id(p) for p in roles.actor_critic.critic.scalar.classifier.parameters()}
     trained_layers = {
         n.split(".layers.")[1][0]
@@ -120,7 +120,7 @@ def test_every_frozen_tensor_is_there_once(stage_config: Any, runtime: Runtime, 
     frozen = {id(p) for p in roles.actor_critic.policy.lm.parameters() if not p.requires_grad}
     in_common = 1 + 9 * (2 if shared is LORA else 1) + (shared is LORA)
     others = [roles.reference.lm.model, roles.actor_critic.critic.scalar.classifier.model]
-    others.append(reward_of(roles, runtime, tiny)._scalar.classifier.model)
+    others.append(reward_of(roles, runtime, tiny)._model.classifier.model)
     for other in others:
         assert len(frozen & {id(p) for p in other.parameters()}) >= in_common
 
@@ -138,7 +138,7 @@ def test_a_trained_reward_model_shares_with_the_critic_that_starts_from_it(
     roles = build_roles(stage_config("ppo", **LORA, reward_model=str(tmp_path / "reward")), runtime)
     model = RewardModel.load(str(tmp_path / "reward"), runtime, tokenizer=tiny.tokenizer, share=roles.share)
     critic = {id(p) for p in roles.actor_critic.critic.scalar.classifier.model.parameters()}
-    assert all(id(p) in critic for p in model._scalar.classifier.model.parameters())
+    assert all(id(p) in critic for p in model._model.classifier.model.parameters())
 
 
 def test_only_the_top_layers_and_the_head_are_trained(stage_config: Any, runtime: Runtime) -> None:

@@ -31,6 +31,7 @@ def rollouts() -> list[Rollout]:
             1.5,
             "sft",
             4,
+            0.25,
         ),
         Rollout(CHAT, "", [5, 6, 7, 8], [False, False, False, True], [0.0, 0.0, 0.0, -3.0], StopReason.LENGTH),
     ]
@@ -71,12 +72,21 @@ def test_a_state_dict_brings_everything_back() -> None:
     assert again.rollouts == rollouts()
 
 
+def test_a_file_of_version_1_has_no_disagreement(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    RolloutBuffer(rollouts()).to_parquet(path)
+    table = pq.read_table(path).drop_columns("score_std")
+    pq.write_table(table.replace_schema_metadata({"rlhf_schema": "1"}), path)
+    old = RolloutBuffer.from_parquet(path).rollouts
+    assert [(r.score, r.score_std, r.tokens) for r in old] == [(-2.5, None, [5, 6, 3]), (None, None, [5, 6, 7, 8])]
+
+
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     RolloutBuffer(rollouts()).to_parquet(path)
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({"rlhf_schema": "99"}), path)
-    with pytest.raises(DataError, match="schema 99, this program reads 1"):
+    with pytest.raises(DataError, match="schema 99, this program reads 1 and 2"):
         RolloutBuffer.from_parquet(path)
 
 
