@@ -3,9 +3,9 @@
     python tests/benchmarks/hh_reward.py                                   about a quarter of an hour on two cores
     python tests/benchmarks/hh_reward.py --name full tuning.layers=null optim.lr=1e-5
 
-The data is not part of this repository (the configuration says where to get it); without it the script says so and ends.
-Each `--name` keeps its run folder and is not trained twice. The temperature is fitted on one half of the test pairs and
-applied to the other, both ways round, so that the error after it is not an error of fit.
+The data is not part of this repository (the configuration says where to get it); without it the script says so and
+ends. Each `--name` keeps its run folder and is not trained twice. The temperature is fitted on one half of the test
+pairs and applied to the other, both ways round, so that the error after it is not an error of fit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from harness import RESULTS, ROOT, Report, save
 
 from reward_model import train
-from reward_model.calibrate import JudgedPair, Units, accuracy, best_temperature, calibration, judged_pairs, reliability
+from reward_model.calibrate import JudgedPair, accuracy, best_temperature, calibration, judged_pairs, reliability
 from reward_model.data import tokenize_rankings
 from reward_model.measure import attach
 from reward_model.model import RewardModel
@@ -47,8 +47,9 @@ def main() -> None:
         train.main(cfg, RunOptions())
     figures = measured(cfg, str(folder / "final"))
     file = RESULTS / "hh_reward.json"
+    setting = [key for key in args.overrides if "dataset.path" not in key]  # no paths of the machine
     runs = json.loads(file.read_text())["setting"]["runs"] if file.is_file() else {}
-    save("hh_reward", {"runs": {**runs, args.name: {"overrides": args.overrides, **figures}}}, [])
+    save("hh_reward", {"runs": {**runs, args.name: {"overrides": setting, **figures}}}, [])
     print(json.dumps(figures, indent=1))
 
 
