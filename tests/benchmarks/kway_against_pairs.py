@@ -99,9 +99,9 @@ def one_side(world: World, name: str, rankings: Sequence[Report], seed: int) -> 
     seconds: list[float] = []
     fit = train.fit
 
-    def timed(*args: Any) -> None:
+    def timed(*args: Any, **kwargs: Any) -> None:
         began = time.process_time()
-        fit(*args)
+        fit(*args, **kwargs)
         seconds.append(time.process_time() - began)
 
     with patch.object(train, "fit", timed):
