@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", ".github/CONTRIBUTING.md", "launch/README.md"]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
 COMMANDS = {*MODULES, "doctor", "plan"}
+TOOLS = {"serve", "invite", "queue", "import", "export", "ai"}
+"""Commands of a labeling project, behind `rlhf label`."""
 
 FENCE = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -63,6 +65,8 @@ def test_every_rlhf_command_names_a_stage_and_a_configuration(document: str) -> 
             continue
         stage, *rest = positional
         assert stage in COMMANDS, f"{document}: rlhf {' '.join(arguments)}"
+        if stage == "label" and rest and rest[0] in TOOLS:
+            stage, rest = "labeling", rest[1:]
         if not rest or rest[0] in ("...", "CONFIG"):
             continue
         name, *overrides = [word for word in rest if word not in ("auto", "never")]
