@@ -15,12 +15,14 @@ import io
 import json
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from reward_model import train
@@ -195,6 +197,29 @@ def choice(rng: random.Random, gold_a: float, gold_b: float, noise: float, carel
     return rng.random() < (1 - careless) * p + careless / 2
 
 
+def write_heldout(world: World, rollouts: Sequence[Rollout]) -> None:
+    """Pairs in gold's order, for the reward stage to test on."""
+    pairs = [sorted(pair, key=gold_of) for pair in zip(rollouts[::2], rollouts[1::2], strict=True)]
+    rows = [pair_row(better, worse) for worse, better in pairs if differ(better, worse)]
+    (world.folder / "heldout.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def gold_of(rollout: Rollout) -> float:
+    """Its gold score, which `World.sample` wrote."""
+    assert rollout.gold_score is not None
+    return rollout.gold_score
+
+
+def differ(a: Rollout, b: Rollout) -> bool:
+    """Two answers that can stand in a file of preferences."""
+    return bool(a.response and b.response) and a.response != b.response
+
+
+def pair_row(better: Rollout, worse: Rollout) -> dict[str, str]:
+    """A line of a preference file."""
+    return {"prompt": better.prompt, "chosen": better.response, "rejected": worse.response}
+
+
 def train_proxy(world: World, rows: Sequence[dict[str, Any]], *, start: str, name: str, **changes: Any) -> RunResult:
     """`rlhf reward` on preference rows."""
     data = world.folder / f"{name}.jsonl"
@@ -216,3 +241,10 @@ def train_proxy(world: World, rows: Sequence[dict[str, Any]], *, start: str, nam
     )
     with contextlib.redirect_stdout(io.StringIO()):
         return train.main(cfg, RunOptions(resume="never"))
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): Student's 95% interval over a few worlds."""
+    mean, n = statistics.fmean(values), len(values)
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return round(mean, 4), round(mean - half, 4), round(mean + half, 4)

@@ -124,6 +124,7 @@ GROUPS = {
     "same": "Same algorithm, same architecture",
     "other": "Other architecture: fewer weights trained, so the reward curves belong beside these",
     "processes": "Both sides ours: ZeRO-2 (left) beside DDP (right)",
+    "labels": "Reward models on the same labels: read as rankings (ours) beside pairs (peer)",
     "machine": "Against this machine: plain products with the policy's layers, what a phase could reach at most",
     "plan": "`rlhf plan` (ours) against the peak of the run itself (peer); a ratio of 1 is right",
 }

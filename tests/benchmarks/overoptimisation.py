@@ -26,12 +26,26 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
-from gold_world import BUDGET, PROMPTS, World, build, choice, config_of, rows_of, train_proxy
+from gao_curves import Fit, Points, best_curve, fit, gain_at, peak_of, picture, ppo_points
+from gold_world import (
+    BUDGET,
+    PROMPTS,
+    World,
+    build,
+    choice,
+    config_of,
+    differ,
+    gold_of,
+    pair_row,
+    rows_of,
+    train_proxy,
+    write_heldout,
+)
 from harness import RESULTS, ROOT, Report, save
 from torch import Tensor
 
@@ -44,8 +58,8 @@ SIZES = {200: 10, 800: 5, 3200: 3}
 MEMBERS = 4
 NOISE = {"noise": 0.3, "careless": 0.3}
 """Labels: Bradley-Terry on gold / noise, and 30% of them by a coin."""
-SAMPLES, LARGEST_N = 8192, 2048
-Curve = list[tuple[float, float]]
+SAMPLES, LARGEST_N = 4096, 1024
+Panel = dict[str, tuple[Points, Fit]]
 
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "single": lambda scores_MB: scores_MB[0],
@@ -75,7 +89,7 @@ class Proxies:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=50, help="of PPO")
+    parser.add_argument("--steps", type=int, default=30, help="of PPO")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "overoptimisation")
     parser.add_argument("--draw-only", action="store_true", help="fit and draw what is there, run nothing")
     args = parser.parse_args()
@@ -85,6 +99,84 @@ def main() -> None:
             file = args.out / f"seed-{seed}.json"
             if not file.is_file():
                 file.write_text(json.dumps(experiment(args.out / f"seed-{seed}", seed, args.steps)))
+    found = [json.loads(file.read_text()) for file in sorted(args.out.glob("seed-*.json"))]
+    if not found:
+        parser.error(f"no seed in {args.out} has finished")
+    curves = all_curves(found)
+    (RESULTS / "overoptimisation.svg").write_text(picture(curves))
+    setting = {"pairs": SIZES, "members": MEMBERS, **NOISE, "seeds": [r["seed"] for r in found], "steps": args.steps}
+    fits = {
+        way: {n: {k: asdict(f) for k, (_, f) in p.items()} for n, p in sizes.items()} for way, sizes in curves.items()
+    }
+    save("overoptimisation", {**setting, "fits": fits, "ppo": peaks(found), "runs": found}, [])
+    print(tables(curves, peaks(found)))
+
+
+# --- all seeds --------------------------------------------------------------------------------------------------
+
+
+def best_of_n_curves(found: Sequence[Report], size: str) -> Panel:
+    """Rule -> mean over the seeds, and its fit."""
+    curves = {rule: best_curve([r["sizes"][size]["best_of_n"][rule] for r in found]) for rule in RULES}
+    return {rule: (points, fit("bon", points)) for rule, points in curves.items()}
+
+
+def ppo_curves(found: Sequence[Report], size: str) -> Panel:
+    """Rule -> every step of every seed, and their fit."""
+    curves = {rule: [p for run in ppo_runs(found, size, rule) for p in run] for rule in RULES}
+    return {rule: (points, fit("rl", points)) for rule, points in curves.items()}
+
+
+def ppo_runs(found: Sequence[Report], size: str, rule: str) -> list[Points]:
+    """One curve per seed; gains are over the mean of the unoptimised policy's answers (best of 1)."""
+    starts = [r["sizes"][size]["best_of_n"][rule][0][2] for r in found]
+    return [ppo_points(r["sizes"][size]["ppo"][rule], start) for r, start in zip(found, starts, strict=True)]
+
+
+WAYS = {"best of n": best_of_n_curves, "PPO": ppo_curves}
+
+
+def all_curves(found: Sequence[Report]) -> dict[str, dict[str, Panel]]:
+    """By way of optimising and size."""
+    return {way: {str(size): of(found, str(size)) for size in SIZES} for way, of in WAYS.items()}
+
+
+def peaks(found: Sequence[Report]) -> Report:
+    """Of PPO by size and rule, over the seeds: KL and gold at the peak, gold at the end and at three distances."""
+    report: Report = {}
+    for size in map(str, SIZES):
+        for rule in RULES:
+            runs = ppo_runs(found, size, rule)
+            d, gain, end = zip(*(peak_of(run) for run in runs), strict=True)
+            distances = {f"gain at d = {x}": [gain_at(run, x) for run in runs] for x in (2, 3, 4, 5)}
+            report.setdefault(size, {})[rule] = {"peak d": d, "gain at peak": gain, "gain at end": end, **distances}
+    return report
+
+
+def tables(curves: Mapping[str, Mapping[str, Panel]], ppo_peaks: Report) -> str:
+    """Two tables in Markdown: the fits, and where PPO's gold peaks and ends (means over the seeds)."""
+    lines = [
+        "| way | pairs | optimised against | alpha | beta | R^2 | peak d of the fit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for way, sizes in curves.items():
+        for size, panel in sizes.items():
+            for rule, (points, f) in panel.items():
+                furthest = max(x for x, _ in points)
+                peak = "none" if f.peak is None else f"{f.peak:.2f}" if f.peak <= furthest else f"beyond {furthest:.1f}"
+                lines.append(f"| {way} | {size} | {rule} | {f.alpha:.3f} | {f.beta:.3f} | {f.r2:.3f} | {peak} |")
+    lines += [
+        "",
+        "| pairs | optimised against | KL at the peak | gold there | gold at d = 4 | at the end |",
+        "|---" * 6 + "|",
+    ]
+    for size, rules in ppo_peaks.items():
+        for rule, p in rules.items():
+            far = [x for x in p["gain at d = 4"] if x is not None]
+            cells = [[x * x for x in p["peak d"]], p["gain at peak"], far, p["gain at end"]]
+            shown = [f"{statistics.fmean(c):.2f} ({min(c):.2f} to {max(c):.2f})" if c else "not reached" for c in cells]
+            lines.append(f"| {size} | {rule} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 # --- one seed ---------------------------------------------------------------------------------------------------
@@ -122,13 +214,6 @@ def experiment(folder: Path, seed: int, steps: int) -> Report:
     return report
 
 
-def write_heldout(world: World, rollouts: Sequence[Rollout]) -> None:
-    """Pairs in gold's order, for the reward stage to test on."""
-    pairs = [sorted(pair, key=gold_of) for pair in zip(rollouts[::2], rollouts[1::2], strict=True)]
-    rows = [pair_row(better, worse) for worse, better in pairs if differ(better, worse)]
-    (world.folder / "heldout.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
 def labelled_pairs(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Report]:
     """Noisy labels of `count` pairs of answers to one prompt each; the first ones are the same for any `count`."""
     rng = random.Random(f"labels/{seed}")
@@ -140,20 +225,6 @@ def labelled_pairs(rollouts: Sequence[Rollout], count: int, seed: int) -> list[R
             wins = choice(rng, gold_of(a), gold_of(b), **NOISE)
             rows.append(pair_row(*((a, b) if wins else (b, a))))
     return rows
-
-
-def gold_of(rollout: Rollout) -> float:
-    assert rollout.gold_score is not None
-    return rollout.gold_score
-
-
-def differ(a: Rollout, b: Rollout) -> bool:
-    """Two answers that can stand in a file of preferences."""
-    return bool(a.response and b.response) and a.response != b.response
-
-
-def pair_row(better: Rollout, worse: Rollout) -> Report:
-    return {"prompt": better.prompt, "chosen": better.response, "rejected": worse.response}
 
 
 def best_of_n(scores_B: Tensor, gold_B: Tensor) -> list[tuple[float, float, float]]:
@@ -204,10 +275,10 @@ def run_ppo(
         steps=steps,
         batch_size=128,
         micro_batch_size=128,
-        epochs=2,
+        epochs=1,
         minibatches=2,
-        optim={"lr": 4e-4, "schedule": "constant"},
-        critic_lr=1.5e-3,
+        optim={"lr": 1e-3, "schedule": "constant"},
+        critic_lr=2e-3,
         kl={"kind": "fixed", "coef": 0.0},
         missing_eos={"kind": "none"},
         save_every=0,
@@ -218,3 +289,7 @@ def run_ppo(
         ppo.main(cfg, RunOptions(resume="never"))
     lines = [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
     return [tuple(round(line[f"objective/{key}"], 4) for key in ("kl", "scores", "gold")) for line in lines]
+
+
+if __name__ == "__main__":
+    main()
