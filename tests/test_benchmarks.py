@@ -232,3 +232,20 @@ def test_a_legend_by_hand(load: Any) -> None:
     flat = [[(step, value) for step in range(9)] for value in (1.0, 2.0, 6.0)]
     assert ends("lora", flat, flat[1:2]) == "lora: 3 (3 seeds, 1 to 6), KL 2.0"
     assert ends("lora", flat[:1], flat) == "lora: 1 (1 seed), KL 3.0"
+
+
+def test_gold_at_equal_kl_is_read_off_in_order_of_kl(load: Any) -> None:
+    online = load("online_rounds")
+    curve = [(0.0, 0.0), (4.0, 2.0), (2.0, 1.0), (8.0, 4.0)]
+    for kl, gold in ((-1.0, 0.0), (3.0, 1.5), (6.0, 3.0), (9.0, 4.0)):
+        assert online.gold_at(curve, kl) == pytest.approx(gold)
+
+
+def test_a_round_is_compared_where_it_ends_with_the_other_arm_at_that_kl(load: Any) -> None:
+    online = load("online_rounds")
+    theirs = {seed: {"curve": [(float(k), 0.5 * k) for k in range(13)]} for seed in (1, 2)}
+    ours = {seed: {"curve": [(float(k), 0.5 * k + seed) for k in range(12)]} for seed in (1, 2)}
+    rows = online.at_equal_kl(ours, theirs)
+    assert [row["kl"] for row in rows] == [[2.0, 2.0], [6.0, 6.0], [10.0, 10.0]], "the middle of three last steps"
+    assert all(row["differences"] == [1.0, 2.0] for row in rows)
+    assert all(row["mean_low_high"][0] == 1.5 for row in rows)

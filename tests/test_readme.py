@@ -23,7 +23,8 @@ DOCUMENTS = ["README.md", ".github/CONTRIBUTING.md", "launch/README.md", "reward
 WITHOUT_CONFIGURATION = {("reward", "eval"), ("rollouts", "score")}
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
 COMMANDS = {*MODULES, "doctor", "plan"}
-LABELING_COMMANDS = {"queue", "import", "serve", "invite", "ai", "export"}
+TOOLS = {"serve", "invite", "queue", "import", "export", "ai"}
+"""Commands of a labeling project, behind `rlhf label`."""
 
 FENCE = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -69,7 +70,7 @@ def test_every_rlhf_command_names_a_stage_and_a_configuration(document: str) -> 
         assert stage in COMMANDS, f"{document}: rlhf {' '.join(arguments)}"
         if not rest or rest[0] in ("...", "CONFIG"):
             continue
-        if stage == "label" and rest[0] in LABELING_COMMANDS:
+        if stage == "label" and rest[0] in TOOLS:
             stage, rest = "labeling", [word for word in rest[1:] if word != "FILE"]
         name, *overrides = [word for word in rest if word not in ("auto", "never")]
         if name.startswith("runs/"):  # a file that the pipeline writes: <run>/<stage>/<stage>.yaml, the report on top

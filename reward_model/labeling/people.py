@@ -46,13 +46,15 @@ def people_rollouts(
     assert cfg.project is not None, "config_schema.LabelStage checks this"
     comparable(group_rollouts(rollouts, heldout_rollouts))  # for its errors
     project: LabelingStage = config.load(cfg.project, "labeling", [])
-    items = {item.key: item for item in items_of(cfg, project)}
+    wanted = items_of(cfg, project)
     with LabelStore.open(project) as store:
-        store.add_items(items.values())
+        store.add_items(wanted)
+        keys = {item.key for item in wanted}
+        items = {item.key: item for item in store.items() if item.key in keys}  # as they were when first queued
         states = store.item_states()
         judgments = [found for found in store.judgments() if found.item_key in items and _counts(found)]
     given = Counter(judgment.item_key for judgment in judgments)
-    aside = [key for key in items if states[key] in ("flagged", "retired")]
+    aside = {key for key in items if states[key] in ("flagged", "retired")}
     ready = [key for key, item in items.items() if given[key] >= item.wanted and key not in aside]
     if len(ready) + len(aside) < len(items) or not ready:
         held = f", {len(aside)} are flagged or retired" if aside else ""
@@ -60,7 +62,7 @@ def people_rollouts(
             f"{len(ready)} of {len(items)} items are labeled{held}; the others wait for people.",
             fix=f"label on with `rlhf label serve {cfg.project}`, then run the same command again",
         )
-    kept = [judgment for judgment in judgments if judgment.item_key in set(ready)]
+    kept = [judgment for judgment in judgments if judgment.item_key not in aside]
     rules = ExportConfig(aggregate=cfg.aggregate, ties="keep")
     labeled, _ = label_items([items[key] for key in ready], states, kept, rules)
     rankings = [ranking_of(label) for label in labeled]

@@ -128,6 +128,16 @@ def test_pairs_are_chosen_once_and_for_all(stage: Any) -> None:
     assert len({tuple(r.responses) for r in rankings}) > 2, "not the same pairs of every prompt"
 
 
+def test_an_item_wants_as_many_judgments_as_when_it_was_queued(stage: Any) -> None:
+    """The store serves no more of it, so waiting for more would have no end."""
+    first = stage(queue={"kind": "ranking"})
+    with pytest.raises(LabelsPending):
+        label(first)
+    annotate(first, "ann")
+    more = stage(queue={"kind": "ranking"}, judgments_per_item=2)
+    assert label(more).report["counts"]["judgments"] == 6
+
+
 def test_flagged_items_do_not_hold_the_pipeline_up(stage: Any) -> None:
     cfg = stage(queue={"kind": "ranking"})
     with pytest.raises(LabelsPending):
@@ -172,6 +182,9 @@ def test_two_rounds_share_a_project_and_what_both_have_is_asked_once(stage: Any)
 def test_the_command_ends_calmly_with_a_code_of_its_own_and_then_writes_rankings(stage: Any, tmp_path: Path) -> None:
     cfg = stage(queue={"kind": "ranking"})
     file = str(tmp_path / "label.yaml")
+    dry = CliRunner().invoke(app, ["label", file, "--dry-run"])
+    assert f"project: {cfg.project}" in dry.output.replace("\n", "")
+    assert not (tmp_path / "project").exists()
     waiting = CliRunner().invoke(app, ["label", file])
     assert waiting.exit_code == 75
     assert "0 of 6 items are labeled" in waiting.output
