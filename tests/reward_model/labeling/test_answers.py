@@ -30,6 +30,10 @@ def test_other_strengths_are_refused(value: Any) -> None:
     fails("value", Answer("compare", value=value))
 
 
+def test_a_pair_may_be_ranked_where_no_strength_is_known() -> None:
+    check_answer(Answer("rank", ranks=[2, 1]), "pair", 2)
+
+
 @pytest.mark.parametrize("ranks", [[1, 2, 3], [3, 1, 2], [1, 1, 1], [1, 2, 2], [2, 1, 1]])
 def test_a_ranking_takes_dense_ranks(ranks: list[int]) -> None:
     check_answer(Answer("rank", ranks=ranks), "ranking", 3)
@@ -44,7 +48,7 @@ def test_other_ranks_are_refused(ranks: Any) -> None:
 
 
 def test_what_does_not_belong_to_a_choice_is_refused() -> None:
-    fails("choice", Answer("rank", ranks=[1, 2]))
+    fails("ranks", Answer("rank", ranks=[1, 2, 3]))
     fails("choice", Answer("compare", value=1), "ranking", 3)
     fails("choice", Answer("undo"))
     fails("choice", Answer("both"))  # type: ignore[arg-type]

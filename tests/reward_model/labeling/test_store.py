@@ -119,8 +119,8 @@ def test_a_machine_may_change_its_mind(project: Any, make_items: Any, standing: 
         record(LEFT, "d", (1, 0))
     with pytest.raises(LabelError, match="order"):
         record(LEFT, "d", (0, 0))
-    with pytest.raises(LabelError, match="choice"):
-        record(Answer("rank", ranks=[1, 2]), "d")
+    with pytest.raises(LabelError, match="ranks"):
+        record(Answer("rank", ranks=[1, 2, 3]), "d")
     with pytest.raises(LabelError, match="no item nothing"):
         store.record("j", "judge", "nothing", [0, 1], LEFT, presentation=0, submission_id="d")
     assert len(store.judgments(effective=False)) == 3

@@ -367,4 +367,4 @@ def test_what_was_clicked_is_what_is_stored(project: Any, items: list[Item]) -> 
 
 @pytest.mark.slow
 def test_what_was_clicked_is_what_is_stored_in_many_sessions(project: Any, items: list[Item]) -> None:
-    explore(project, items, 500, derandomize=False)
+    explore(project, items, 250, derandomize=False)
