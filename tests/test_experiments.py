@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import statistics
 import xml.etree.ElementTree as ElementTree
@@ -141,3 +142,18 @@ def test_an_annotator_chooses_as_often_as_bradley_terry_says(load: Any) -> None:
     shares = [statistics.fmean(choice(rng, 1.0, 0.0, noise=0.5, careless=c) for _ in range(20_000)) for c in (0.0, 0.5)]
     p = 1 / (1 + math.exp(-2))
     assert shares == pytest.approx([p, 0.5 * p + 0.25], abs=0.01)
+
+
+def test_the_published_tables_are_those_of_the_result_files(load: Any) -> None:
+    readme = (FOLDER / "README.md").read_text()
+    kway = json.loads((FOLDER / "results" / "kway_against_pairs.json").read_text())["setting"]
+    for name, side in kway["sides"].items():
+        accuracy, low, high = side["accuracy"]
+        line = next(line for line in readme.splitlines() if line.startswith((f"| {name} |", f"| {name} (")))
+        assert f"| {accuracy:.3f} ({low:.3f} to {high:.3f}) |" in line
+        assert line.endswith(f"| {side['cpu_s']:.1f} s |")
+    ratings = json.loads((FOLDER / "results" / "pointwise_against_pairwise.json").read_text())["setting"]
+    assert load("pointwise_against_pairwise").table(ratings["accuracy"]) in readme
+    experiment = load("overoptimisation")
+    found = json.loads((FOLDER / "results" / "overoptimisation.json").read_text())["setting"]["runs"]
+    assert experiment.tables(experiment.all_curves(found), experiment.peaks(found)) in readme

@@ -61,7 +61,7 @@ def ppo_points(steps: Sequence[tuple[float, float, float]], start: float) -> Poi
     return [(math.sqrt(max(kl, 0.0)), gold - start) for kl, _, gold in steps]
 
 
-def peak_of(points: Points, span: int = 9) -> tuple[float, float, float]:
+def peak_of(points: Points, span: int = 7) -> tuple[float, float, float]:
     """(d at the peak, gain there, gain at the end) of one run in order of its steps, both coordinates smoothed."""
     d = smooth([x for x, _ in points], span)
     gain = smooth([y for _, y in points], span)
@@ -69,7 +69,7 @@ def peak_of(points: Points, span: int = 9) -> tuple[float, float, float]:
     return d[best], gain[best], gain[-1]
 
 
-def gain_at(points: Points, d: float, span: int = 9) -> float | None:
+def gain_at(points: Points, d: float, span: int = 7) -> float | None:
     """The smoothed gain where the run first gets as far as `d`, between two steps; None where it never does."""
     xs, ys = smooth([x for x, _ in points], span), smooth([y for _, y in points], span)
     for i in range(1, len(xs)):

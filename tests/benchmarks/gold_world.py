@@ -90,9 +90,8 @@ def rows_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
 
 def config_of(stage: str, folder: Path, **changes: Any) -> Any:
     """A configuration of `stage` in fp32 without tracking."""
-    shared = {"precision": "fp32", "tracking": {"wandb": "off"}, "run_dir": str(folder / stage)}
-    model = {} if stage == "evaluate" else {"model": str(folder / "policy")}
-    return config.validate({**shared, **model, **changes}, stage, source="experiment")
+    shared = {"precision": "fp32", "tracking": {"wandb": "off"}, "model": str(folder / "policy")}
+    return config.validate({**shared, **changes}, stage, source="experiment")
 
 
 def build(folder: Path, seed: int, *, proxies: int) -> World:

@@ -1,7 +1,7 @@
 """The reward model of configs/reward/hh_local.yaml on human labels: accuracy, calibration, length, time.
 
     python tests/benchmarks/hh_reward.py                                   about a quarter of an hour on two cores
-    python tests/benchmarks/hh_reward.py --name full tuning.layers=null optim.lr=1e-5
+    python tests/benchmarks/hh_reward.py --name full tuning.layers=null optim.lr=1e-5    all layers
 
 The data is not part of this repository (the configuration says where to get it); without it the script says so and
 ends. Each `--name` keeps its run folder and is not trained twice. The temperature is fitted on one half of the test

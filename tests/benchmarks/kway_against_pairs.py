@@ -53,11 +53,8 @@ def main() -> None:
             found[name].append(report)
             print(seed, name, report, flush=True)
     setting = {"k": K, "rankings": RANKINGS, "epochs": EPOCHS, "noise": NOISE, "seeds": args.seeds}
-    save(
-        "kway_against_pairs",
-        {**setting, "sides": {n: summary(r) for n, r in found.items()}, "reports": found},
-        rows(found),
-    )
+    figures = {name: summary(reports, found["pairs"]) for name, reports in found.items()}
+    save("kway_against_pairs", {**setting, "sides": figures, "reports": found}, rows(figures))
 
 
 def one_world(folder: Path, seed: int) -> dict[str, Report]:
@@ -112,21 +109,22 @@ def one_side(world: World, name: str, rankings: Sequence[Report], seed: int) -> 
     return {**figures, "cpu_s": seconds[0], "steps": len(lines)}
 
 
-def summary(reports: Sequence[Report]) -> Report:
-    """Mean accuracy with its 95% interval over the worlds, median time."""
+def summary(reports: Sequence[Report], pairs: Sequence[Report]) -> Report:
+    """Over the worlds: mean accuracy and its lead over `pairs`, with 95% intervals; median time."""
+    leads = [ours["accuracy"] - theirs["accuracy"] for ours, theirs in zip(reports, pairs, strict=True)]
     seconds = statistics.median(r["cpu_s"] for r in reports)
-    return {"accuracy": over_seeds([r["accuracy"] for r in reports]), "cpu_s": round(seconds, 2)}
+    accuracy = over_seeds([r["accuracy"] for r in reports])
+    return {"accuracy": accuracy, "lead": over_seeds(leads), "cpu_s": round(seconds, 2)}
 
 
-def rows(found: dict[str, list[Report]]) -> list[Report]:
+def rows(figures: dict[str, Report]) -> list[Report]:
     """Rankings beside pairs: held-out accuracy, and comparisons per second of CPU time."""
-    pairs = summary(found["pairs"])
+    pairs = figures["pairs"]
     table = []
     for name in list(SIDES)[:2]:
-        ours = summary(found[name])
-        speeds = [RANKINGS * 6 * EPOCHS / side["cpu_s"] for side in (ours, pairs)]
+        speeds = [RANKINGS * 6 * EPOCHS / side["cpu_s"] for side in (figures[name], pairs)]
         table.append(row(f"{name}, speed", "comparisons/s", *speeds, group="labels"))
-        accuracies = [side["accuracy"][0] for side in (ours, pairs)]
+        accuracies = [side["accuracy"][0] for side in (figures[name], pairs)]
         table.append(row(f"{name}, held-out accuracy", "share", *accuracies, group="labels"))
     return table
 

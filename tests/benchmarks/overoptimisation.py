@@ -89,7 +89,7 @@ class Proxies:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=30, help="of PPO")
+    parser.add_argument("--steps", type=int, default=36, help="of PPO")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "overoptimisation")
     parser.add_argument("--draw-only", action="store_true", help="fit and draw what is there, run nothing")
     args = parser.parse_args()
@@ -277,7 +277,7 @@ def run_ppo(
         micro_batch_size=128,
         epochs=1,
         minibatches=2,
-        optim={"lr": 1e-3, "schedule": "constant"},
+        optim={"lr": 6e-4, "schedule": "constant"},
         critic_lr=2e-3,
         kl={"kind": "fixed", "coef": 0.0},
         missing_eos={"kind": "none"},

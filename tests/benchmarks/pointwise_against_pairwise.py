@@ -5,7 +5,10 @@
 What an annotator feels about an answer is gold plus noise, anew at every look. Asked for a comparison, they name the
 answer that feels better. Asked for a rating, they say what they feel on a scale of their own:
 
-    rating = round(4 + offset + 1.5 slope (gold + noise)), from 1 to 7
+    rating = round(4 + offset + mood + 1.5 slope (gold + noise)), from 1 to 7
+
+`mood` is where the scale stands today: drawn anew for every rating, 0 in all settings but one. A comparison shows two
+answers in one mood, and asks of neither how good it is.
 
 Two budgets: as many ratings as comparisons (a rating is one judgment), or twice as many (a comparison shows two
 answers). `standardised` takes each annotator's mean and deviation out of their ratings first: a fair repair, where
@@ -42,12 +45,13 @@ JUDGMENTS, SAMPLES, STEPS, BATCH = 800, 2048, 120, 32
 
 @dataclass(frozen=True)
 class Annotators:
-    """How many, and how far they differ: `noise` in deviations of gold, `offset` in points, `slope` in log units."""
+    """How many and how unlike: `noise` in deviations of gold, `offset` and `mood` in points, `slope` in log units."""
 
     count: int
     noise: float
     offset: float = 0.0
     slope: float = 0.0
+    mood: float = 0.0
 
 
 SETTINGS = {
@@ -57,6 +61,7 @@ SETTINGS = {
     "20 with scales of their own": Annotators(20, noise=0.5, offset=1.0, slope=0.4),
     "the same, noisy": Annotators(20, noise=1.0, offset=1.0, slope=0.4),
     "20 with very different scales": Annotators(20, noise=0.5, offset=2.0, slope=0.8),
+    "20 whose scales also drift": Annotators(20, noise=0.5, offset=1.0, slope=0.4, mood=2.0),
 }
 SIDES = ("comparisons", "ratings", "ratings x 2", "ratings x 2, standardised")
 
@@ -85,7 +90,8 @@ class Crowd:
 
     def rating(self, who: int, gold: float) -> int:
         """1 to 7."""
-        felt = 4 + self._offsets[who] + 1.5 * self._slopes[who] * self.feels(gold)
+        mood = self._rng.gauss(0, self._kind.mood)
+        felt = 4 + self._offsets[who] + mood + 1.5 * self._slopes[who] * self.feels(gold)
         return min(7, max(1, round(felt)))
 
 

@@ -58,8 +58,9 @@ function receive(content) {
 async function renew() {
   showSession();
   const asked = performance.now();
-  if (!page.task || page.busy || !clock.running || asked - lease.since < lease.lasts / 3) return;
+  if (!page.task || page.busy || !clock.running || lease.asking || asked - lease.since < lease.lasts / 3) return;
   const id = page.task.assignment_id;
+  lease.asking = true;
   try {
     const content = await ask("POST", "/api/renew", { assignment_id: id });
     if (page.task?.assignment_id !== id) return;
@@ -67,6 +68,8 @@ async function renew() {
     lease.lasts = content.lease_expires_ms - content.now_ms;
   } catch (error) {
     if (page.task?.assignment_id === id && !page.busy && !passing(error.status)) refused(error);
+  } finally {
+    lease.asking = false;
   }
 }
 
