@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from rlhf.config_base import EnvName, Positive, Probability, Seed, Strict
+from rlhf.config_base import EnvName, Positive, Probability, Seed, Strict, Url
 from rlhf.config_judge import JudgeConfig
 
 
@@ -33,7 +34,15 @@ class ServeConfig(Strict):
     host: str = Field(default="127.0.0.1", description="another one than loopback needs accounts")
     port: Annotated[int, Field(ge=0, lt=65536)] = 8420
     accounts: bool = Field(default=False, description="log in by name and password; false: one user, without login")
-    public_url: str | None = Field(default=None, description="as browsers see it, e.g. https://labels.example.org")
+    public_url: Url | None = Field(default=None, description="as browsers see it, e.g. https://labels.example.org")
+
+    @field_validator("public_url")
+    @classmethod
+    def _no_path(cls, url: str | None) -> str | None:
+        """The pages' links begin at the root: under a path of a shared name none of them would lead anywhere."""
+        if url is not None and urlsplit(url)[2:] not in (("", "", ""), ("/", "", "")):
+            raise ValueError(f"{url!r} has a path; give the app a host name or a port of its own")
+        return url
 
 
 class QueueConfig(Strict):
@@ -76,7 +85,9 @@ class LabelingStage(Strict):
     title: str = "Which answer is better?"
     instructions: str = Field(default="", description="Markdown, shown to annotators")
     judgments_per_item: Positive = Field(default=1, description="by different people")
-    lease_minutes: Annotated[float, Field(gt=0)] = Field(default=20.0, description="an item is kept for its annotator")
+    lease_minutes: Annotated[float, Field(gt=0, le=525_600)] = Field(
+        default=20.0, description="an item is kept for its annotator"
+    )
     repeat_fraction: Probability = Field(default=0.05, description="of the pairs, shown once more with sides swapped")
     repeat_after: Positive = Field(default=10, description="items between a pair and its repeat, at least")
     gold: GoldConfig = GoldConfig()

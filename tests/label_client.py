@@ -58,7 +58,7 @@ class Browser:
         """Answer the item that this browser's user has before them, +2 unless told otherwise."""
         task = self.get("/api/task").json()["task"]
         answer = {"value": 2, **answer} if choice == "compare" else answer
-        key = f"submission-{task['assignment_id']}"
+        key = f"submission{task['assignment_id']}"
         return self.json(
             "/api/judgments", {"assignment_id": task["assignment_id"], "submission_id": key, "choice": choice, **answer}
         )

@@ -25,10 +25,14 @@ class _Body(BaseModel):
 
 
 class Submission(_Body):
-    """One answer, in the shown orientation; see `records.Answer`. `submission_id` is the browser's, one per click."""
+    """One answer, in the shown orientation; see `records.Answer`.
+
+    `submission_id` is the browser's, one per click. It has no hyphen: the server's own ("undo-7") do, and who sent one
+    of those in advance would keep others from undoing.
+    """
 
     assignment_id: Id
-    submission_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
+    submission_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{8,64}$")]
     choice: Literal["compare", "rank", "both_bad", "skip", "flag"]
     value: Annotated[int, Field(ge=-STRONGEST, le=STRONGEST)] | None = None
     ranks: Annotated[list[Annotated[int, Field(ge=1, le=100)]], Field(max_length=100)] | None = None

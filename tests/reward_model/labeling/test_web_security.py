@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from label_client import ORIGIN, Browser, Web, candidates
+from pydantic import ValidationError
 from sqlalchemy.exc import OperationalError
 from starlette.requests import Request
 
@@ -58,7 +59,7 @@ def test_this_machine_alone_needs_no_accounts(host: str) -> None:
 
 
 LOCAL, OPEN = ServeConfig(), ServeConfig(host="0.0.0.0", accounts=True)
-PUBLIC = ServeConfig(accounts=True, public_url="https://Labels.example.org/x")
+PUBLIC = ServeConfig(accounts=True, public_url="https://Labels.example.org/")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,14 @@ def test_a_rebound_name_reads_nothing(local: Web) -> None:
 )
 def test_an_origin_is_written_as_browsers_write_it(url: str, origin: str) -> None:
     assert origin_of(url) == origin
+
+
+@pytest.mark.parametrize(
+    "url", ["labels.example.org", "ftp://labels.example.org", "https://labels.example.org/x", "https://a.org:99999"]
+)
+def test_a_public_url_that_no_browser_can_open_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="public_url"):
+        ServeConfig(accounts=True, public_url=url)
 
 
 def test_behind_a_proxy_the_public_origin_counts(tmp_path: Path) -> None:
@@ -222,6 +231,7 @@ ANSWER = {"assignment_id": 1, "submission_id": "abcdefgh", "choice": "compare", 
         ({"ranks": [1] * 101}, "ranks"),
         ({"submission_id": "short"}, "submission_id"),
         ({"submission_id": "spaces in it"}, "submission_id"),
+        ({"submission_id": "undo-1234"}, "submission_id"),
         ({"assignment_id": 2**31}, "assignment_id"),
         ({"ms_active": -1}, "ms_active"),
         ({"extra": 1}, "extra"),
