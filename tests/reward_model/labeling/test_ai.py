@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from judge_server import JudgeServer, letters
 
-from reward_model.labeling import ai
+from reward_model.labeling import ai, moderation
 from reward_model.labeling.ai import people_on
 from reward_model.labeling.export import main as export
 from reward_model.labeling.judge_votes import judge_probability, soft_share
@@ -112,7 +112,7 @@ def test_a_failure_leaves_an_item_without_any_judgment(judge_server: JudgeServer
 def test_a_retired_item_is_not_judged(judge_server: JudgeServer, stage: Any) -> None:
     cfg = stage()
     with LabelStore.open(cfg) as store:
-        store.retire_item(2)
+        moderation.retire(store, store.ensure_user("boss", role="admin"), 2)
     ai.main(cfg)
     assert len(judge_server.asked) == 2 * 4 + 12
     assert saved_report(cfg)["counts"]["items"] == 5
