@@ -36,7 +36,7 @@ def aggregate(
         judgments: those that decide; of items in `items`.
     """
     if method == "majority":
-        return {key: _shares(own) for key, own in by_item(judgments).items()}
+        return {key: shares(own) for key, own in by_item(judgments).items()}
     fit = fit_dawid_skene(judgments)
     posteriors: dict[str, dict[tuple[int, int], float]] = {key: {} for key in by_item(judgments)}
     keys = list(posteriors)
@@ -66,7 +66,8 @@ def votes_of(judgments: Sequence[Judgment]) -> list[Vote]:
     return votes
 
 
-def _shares(judgments: Sequence[Judgment]) -> Wins:
+def shares(judgments: Sequence[Judgment]) -> Wins:
+    """`aggregate` by majority of one item's judgments, at least one."""
     if (p := soft_share(judgments)) is not None:
         return wins_matrix({(0, 1): 1 - p}, 2)
     rankings = [ranks for judgment in judgments if (ranks := judgment.ranks)]

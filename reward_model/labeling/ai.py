@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from reward_model.labeling.aggregation import aggregate
 from reward_model.labeling.agreement import ranks_from_wins, wins_matrix
 from reward_model.labeling.judge import Contest, Judge, Judged, open_judge
 from reward_model.labeling.judge_prompt import Verdict
@@ -120,17 +121,11 @@ def people_on(judgments: Sequence[Judgment], items: Sequence[Item]) -> list[Peop
 
     Presentation 0 alone counts: a repeat is no further opinion.
     """
-    ranks: dict[str, list[list[int]]] = {item.key: [] for item in items}
-    for one in judgments:
-        if one.labeler == "person" and one.presentation == 0 and one.ranks is not None and one.item_key in ranks:
-            ranks[one.item_key].append(one.ranks)
-    return [_shares(ranks[item.key], len(item.responses)) for item in items]
-
-
-def _shares(ranks: Sequence[Sequence[int]], K: int) -> dict[tuple[int, int], float]:
-    if not ranks:
-        return {}
-    return {
-        (i, j): sum(0.5 * ((r[i] < r[j]) + (r[i] <= r[j])) for r in ranks) / len(ranks)
-        for i, j in combinations(range(K), 2)
-    }
+    theirs = [one for one in judgments if one.labeler == "person" and one.presentation == 0 and one.decides]
+    wins = aggregate({item.key: item for item in items}, theirs, "majority")
+    return [
+        {(i, j): wins[item.key][i][j] for i, j in combinations(range(len(item.responses)), 2)}
+        if item.key in wins
+        else {}
+        for item in items
+    ]

@@ -1,7 +1,8 @@
 """How far annotators agree, and how far each of them can be trusted: `agreement_report`, ready for JSON.
 
 What counts: the first look at an item (`presentation` 0) that decides something. Gold questions and swapped repeats
-say something about an annotator, not about the items, and stay out of the coefficients. Of a pair, the side that was
+say something about an annotator, not about the items, and stay out of the coefficients. A judge looks in both orders at
+once: what they say together is its answer, and one that follows the place says "neither". Of a pair, the side that was
 chosen is one of three categories: response 0, response 1, neither (a tie, or both bad).
 
 Where people have judged, the coefficients are theirs; judges and simulated annotators appear beside them in
@@ -12,14 +13,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from reward_model.labeling.aggregation import by_item, fit_dawid_skene
+from reward_model.labeling.aggregation import by_item, fit_dawid_skene, shares
+from reward_model.labeling.agreement import ranks_from_wins
 from reward_model.labeling.coefficients import (
     NO_OVERLAP,
     NOTHING,
@@ -37,7 +39,7 @@ from reward_model.labeling.coefficients import (
 )
 from reward_model.labeling.crowd import crowd_models
 from reward_model.labeling.design import gold_is_right
-from reward_model.labeling.records import STRONGEST, Item, Judgment
+from reward_model.labeling.records import STRONGEST, Answer, Item, Judgment
 
 LABELS = {"person": "people", "judge": "a judge model", "simulated": "SIMULATED annotators"}
 """How files and pages call those who labeled."""
@@ -86,7 +88,8 @@ def agreement_report(
     """
     known = {item.key: item for item in items}
     judgments = [judgment for judgment in judgments if judgment.item_key in known]
-    first = [j for j in first_looks(judgments) if known[j.item_key].gold_ranks is None]
+    shown = [j for j in looks(judgments) if known[j.item_key].gold_ranks is None]
+    first = one_each(shown)
     people = [j for j in first if j.labeler == "person"]
     chosen = people or first
     names = sorted({j.annotator for j in judgments})
@@ -97,15 +100,33 @@ def agreement_report(
         "pairs": _pair_figures(chosen, seed, resamples),
         "rankings": _ranking_figures(chosen, seed, resamples),
         "annotator_pairs": _annotator_pairs(first, names),
-        "annotators": annotator_records(known, judgments, first),
-        "models": crowd_models(first, seed=seed) if models else {},
+        "annotators": annotator_records(known, judgments, shown),
+        "models": crowd_models(shown, seed=seed) if models else {},
     }
 
 
-def first_looks(judgments: Sequence[Judgment]) -> list[Judgment]:
-    """The last deciding judgment of each annotator and item among those of presentation 0."""
-    kept = {(j.annotator, j.item_key): j for j in judgments if j.decides and j.presentation == 0}
-    return list(kept.values())
+def looks(judgments: Sequence[Judgment]) -> list[Judgment]:
+    """The last deciding judgment of each annotator and item, as it was shown; of a judge, that of each order."""
+    counted = (j for j in judgments if j.decides and (j.presentation == 0 or j.labeler == "judge"))
+    return list({(j.annotator, j.item_key, j.presentation): j for j in counted}.values())
+
+
+def one_each(shown: Sequence[Judgment]) -> list[Judgment]:
+    """One judgment per annotator and item: a judge's orders as the one answer that the export makes of them."""
+    own: dict[tuple[str, str], list[Judgment]] = defaultdict(list)
+    for judgment in shown:
+        own[judgment.annotator, judgment.item_key].append(judgment)
+    return [orders[0] if len(orders) == 1 else _together(orders) for orders in own.values()]
+
+
+def _together(orders: Sequence[Judgment]) -> Judgment:
+    """Canonical ranks by majority; of a pair the mean strength, which is 0 for a tie alone."""
+    ranks = order_of(ranks_from_wins(shares(orders)))
+    values = [j.value for j in orders if j.value is not None]
+    answer = Answer("rank", ranks=[1 + place for place in ranks])
+    if len(values) == len(orders):
+        answer = Answer("compare", value=(ranks[0] - ranks[1]) * max(1, round(abs(sum(values)) / len(values))))
+    return replace(orders[0], order=list(range(len(ranks))), answer=answer, presentation=0)
 
 
 def counts(items: Sequence[Item], judgments: Sequence[Judgment]) -> dict[str, int]:
@@ -230,16 +251,16 @@ def _confusion(one: Mapping[str, int], other: Mapping[str, int], categories: int
 
 
 def annotator_records(
-    items: Mapping[str, Item], judgments: Sequence[Judgment], first: Sequence[Judgment]
+    items: Mapping[str, Item], judgments: Sequence[Judgment], shown: Sequence[Judgment]
 ) -> dict[str, dict[str, Any]]:
     """By name, what each annotator's answers look like; see the keys of `_record`.
 
     Args:
         judgments: all effective ones.
-        first: those that count for agreement.
+        shown: those that count for agreement, as they were shown.
     """
-    fit = fit_dawid_skene(first)
-    others = _agreement_with_others(first)
+    fit = fit_dawid_skene(shown)
+    others = _agreement_with_others(one_each(shown))
     own: dict[str, list[Judgment]] = defaultdict(list)
     for judgment in judgments:
         own[judgment.annotator].append(judgment)
@@ -249,7 +270,7 @@ def annotator_records(
         confusion = fit.confusions.get(name) if fit else None
         accuracy = Figure(None, note="undefined (no untied comparison)")
         if confusion:
-            accuracy = Figure((confusion[0][0] + confusion[1][1]) / 2, n=sum(j.annotator == name for j in first))
+            accuracy = Figure((confusion[0][0] + confusion[1][1]) / 2, n=sum(j.annotator == name for j in shown))
         records[name] = {
             **_record(items, own[name], words),
             "agreement_with_others": share(*others.get(name, (0, 0)), "nobody else judged the same").json(),

@@ -16,7 +16,7 @@ const $ = (id) => document.getElementById(id);
 
 const page = { task: null, busy: true, shownAt: 0, confidence: 0, raw: false, diff: false, polling: 0 };
 const session = { count: 0, ms: 0 };
-const lease = { since: 0, lasts: 0 };
+const lease = { since: 0, lasts: 0, asking: false };
 let ranking = { places: [], tied: [], at: -1 };
 
 function element(tag, attributes = {}, ...children) {

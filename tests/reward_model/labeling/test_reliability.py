@@ -17,7 +17,7 @@ from reward_model.labeling import coefficients as c
 from reward_model.labeling.aggregation import aggregate, fit_dawid_skene, votes_of
 from reward_model.labeling.crowd import PRECISION, crowd_models, noisy_bradley_terry
 from reward_model.labeling.records import Answer, Candidate, Item, Judgment
-from reward_model.labeling.reliability import agreement_report
+from reward_model.labeling.reliability import agreement_report, looks, one_each
 
 PAIR = Item("q", [Candidate("one two"), Candidate("three four")])
 
@@ -427,6 +427,45 @@ def test_peoples_coefficients_are_not_mixed_with_a_judges() -> None:
     kappas = {tuple(row["annotators"]): row["kappa"]["value"] for row in report["annotator_pairs"]}
     assert kappas == {("a", "b"): 1.0, ("a", "model"): 0.0, ("b", "model"): 0.0}
     assert agreement_report(items, judge, seed=0)["coefficients_of"] == "all"
+
+
+@pytest.mark.parametrize("kind", ["pair", "ranking"])
+def test_a_judge_that_follows_the_place_agrees_with_nobody(kind: str) -> None:
+    """It names the first one in both orders: a tie. One order alone would agree with half of the people's answers."""
+    K = 2 if kind == "pair" else 3
+    items = [Item(f"q{n}", [Candidate(c) for c in "abc"[:K]], kind=kind) for n in range(12)]  # type: ignore[arg-type]
+    best = [list(range(1, K + 1)), list(range(K, 0, -1))]
+    people = [judgment(item, "a", Answer("rank", ranks=best[n % 2])) for n, item in enumerate(items)]
+    places, left = list(range(K)), Answer("rank", ranks=best[0])
+    first = [judgment(item, "first", left, order=places, labeler="judge") for item in items]
+    first += [judgment(item, "first", left, order=places[::-1], labeler="judge", presentation=1) for item in items]
+    report = agreement_report(items, [*people, *first], seed=0)
+    assert report["annotators"]["first"]["agreement_with_others"]["value"] == 0.0
+    assert report["annotators"]["a"]["agreement_with_others"]["n"] == 12
+    assert report["annotators"]["first"]["dawid_skene_accuracy"]["n"] == 24
+    assert report["annotators"]["first"]["dawid_skene_accuracy"]["value"] == pytest.approx(0.5, abs=0.05)
+    if kind == "pair":
+        assert report["annotator_pairs"][0]["raw"]["value"] == 0.0
+    alone = agreement_report(items, first, seed=0)
+    assert alone["counts"]["deciding"] == 24
+    assert alone["annotators"]["first"]["agreement_with_others"]["note"] == "undefined (nobody else judged the same)"
+
+
+def test_a_judges_two_orders_are_one_answer_of_the_mean_strength() -> None:
+    """Sure in one order and nearly torn in the other: 0.9 and 0.45 make 0.725 for response 1, not a tie of two."""
+    (item,) = pairs(1)
+
+    def said(value: int, p_first: float, **more: Any) -> Judgment:
+        answer = Answer("compare", value, notes=json.dumps({"p_first": p_first}))
+        return judgment(item, "m", answer, labeler="judge", **more)
+
+    sure = [said(3, 0.1), said(-2, 0.8, order=[1, 0], presentation=1)]
+    (one,) = one_each(looks(sure))
+    assert (one.value, one.order, one.ranks) == (2, [0, 1], [2, 1])  # (3 + 2) / 2, to the even number
+    torn = [said(3, 0.1), said(1, 0.45, order=[1, 0], presentation=1)]
+    assert [j.value for j in one_each(looks(torn))] == [0]
+    person = [judgment(item, "p", j.answer, order=j.order, presentation=j.presentation) for j in sure]
+    assert looks(person) == person[:1]
 
 
 def test_order_of_items_and_names_of_annotators_do_not_matter() -> None:
