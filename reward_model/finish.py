@@ -23,7 +23,7 @@ from rlhf.progress import Progress
 from rlhf.runtime import Runtime
 
 NORMALISATION_ROWS = 160
-"""Training responses, at most, whose deviation becomes the unit of the score: known to 6% (1 / sqrt(2 * 160))."""
+"""Training responses, about, whose deviation becomes the unit of the score: known to 6% (1 / sqrt(2 * 160))."""
 
 
 def end_training(model: ScalarModel | Ensemble, handle: Any, dtype: torch.dtype) -> Any:
@@ -72,6 +72,15 @@ def set_moments(model: ScalarModel | Ensemble, means: Sequence[float], std: floa
         model.set_normalisation(means, std)
 
 
+def drawn_responses(train: Sequence[RankedTokens], seed: int) -> list[list[int]]:
+    """Rows of items drawn by lot, all of an item: of rows at even distances all would be the better one of their pair,
+    or by the same one of several policies."""
+    share = NORMALISATION_ROWS / sum(len(item.rows) for item in train)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = sorted(order[: math.ceil(share * len(train))])
+    return [row for i in drawn for row in train[i].rows]
+
+
 def normalise(
     scorer: RewardModel,
     model: ScalarModel | Ensemble,
@@ -84,8 +93,7 @@ def normalise(
 
     An ensemble's members get a mean each and one std, that of their mean score; what is returned is the plain model's.
     """
-    responses = [row for item in train for row in item.rows]
-    responses = responses[:: math.ceil(len(responses) / NORMALISATION_ROWS)]
+    responses = drawn_responses(train, cfg.seed)
     if cfg.normalise_on is not None:
         zero = [
             located(d.where, prompt_tokens, tokenizer, d.prompt, chat=cfg.normalise_on.chat)

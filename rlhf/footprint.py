@@ -177,7 +177,7 @@ def of_ppo(cfg: PPOStage, models: Models, setup: Setup) -> Footprint:
     roles = {
         "policy": policy.memory(setup, rows=rows, width=width, actions=actions),
         "critic": critic.memory(setup, rows=rows, width=width, actions=0),
-        "reference": Memory(weights=how.size * _reference_parameters(cfg, models) / setup.parts),
+        "reference": Memory(weights=how.size * _reference_parameters(cfg, models, setup) / setup.parts),
         "reward": Memory(weights=how.size * _reward_parameters(cfg, models, setup) / setup.parts),
         "sampler": _sampler(cfg, policy, setup),
     }
@@ -199,8 +199,11 @@ def _critic(cfg: PPOStage, models: Models, how: Forward) -> Learner:
     return Learner(learner.dims, learner.how, learner.trained, frozen, learner.layers)
 
 
-def _reference_parameters(cfg: PPOStage, models: Models) -> int:
-    if cfg.sharing == "separate" or cfg.reference not in (None, cfg.model):
+def _reference_parameters(cfg: PPOStage, models: Models, setup: Setup) -> int:
+    is_other = cfg.reference not in (None, cfg.model)
+    if cfg.sharing == "hydra" and is_other and not setup.on_cpu:  # as of a reward model
+        return models.reference.top(cfg.tuning.layers or 0)
+    if cfg.sharing == "separate" or is_other:
         return models.reference.parameters
     adapted = cfg.tuning.kind == "lora"
     return 0 if adapted else models.reference.top(cfg.tuning.layers or 0)

@@ -49,19 +49,18 @@ class Options:
 
 
 def main(name: str, overrides: list[str], options: Options) -> None:
-    """Print the plan of a configuration; of a pipeline, of the stages that train.
+    """Print the plan of a configuration; of a pipeline, of the stages that train, in every round.
 
     Raises:
         RlhfError: it is not valid, is of a stage that trains nothing, or a model's config.json is not on this disk.
     """
+    from rlhf.stages.pipeline import check, stage_of
+
     stage, cfg = load(name, overrides)
     cluster = cluster_of(options, cfg.precision)
     parts = [(stage, cfg)]
     if isinstance(cfg, PipelineStage):
-        from rlhf.stages.pipeline import check
-
-        checked = check(cfg)
-        parts = [(part, checked[part]) for part in ("sft", "reward", "ppo")]
+        parts = [(part, stage_cfg) for part, stage_cfg in check(cfg).items() if stage_of(part) in PLANNED]
     base = cfg.model if isinstance(cfg, PipelineStage) else None
     found = [(part, *models_of(part_cfg, base), part_cfg) for part, part_cfg in parts]
     if options.as_json:
@@ -70,7 +69,14 @@ def main(name: str, overrides: list[str], options: Options) -> None:
         sys.stdout.write("\n")
         return
     console = Console(highlight=False)
+    shown: dict[str, tuple[str, Any]] = {}
     for part, models, notes, part_cfg in found:
+        numbers = record("", part_cfg, models, [], cluster)
+        like, before = shown.get(stage_of(part), ("", None))
+        if numbers == before:
+            console.print(f"{part}: as {like}", markup=False)
+            continue
+        shown[stage_of(part)] = (part, numbers)
         show(console, part, part_cfg, models, notes, cluster)
 
 
@@ -128,21 +134,27 @@ def models_of(cfg: Any, base: str | None = None) -> tuple[Models | Dimensions, l
     Args:
         base: of a pipeline, whose later stages go on from models that are not there yet.
     """
-    own = cfg.model if base is None or Path(cfg.model).exists() else base
+
+    def there(name: str) -> str:
+        return name if base is None or Path(name).exists() else base
+
+    own = there(cfg.model)
     if not isinstance(cfg, PPOStage):
         return _dimensions("model", own, scalar=isinstance(cfg, RewardStage)), []
     notes = []
     policy = _dimensions("model", own)
     reward = None
     if cfg.reward_model is not None:
-        there = Path(cfg.reward_model).expanduser().is_dir()
-        if not there:
+        is_here = Path(cfg.reward_model).expanduser().is_dir()
+        if not is_here:
             notes.append(f"reward_model {cfg.reward_model} is not on this disk: taken for one of the policy's shape")
-        reward = _dimensions("reward_model", cfg.reward_model if there else own, scalar=True)
+        reward = _dimensions("reward_model", cfg.reward_model if is_here else own, scalar=True)
     from_reward = cfg.critic_init == "reward_model" and reward is not None
     critic = reward if from_reward and reward is not None else _dimensions("model", own, scalar=True)
     other = cfg.reference not in (None, cfg.model)
-    reference = _dimensions("reference", str(cfg.reference)) if other else policy
+    reference = _dimensions("reference", there(str(cfg.reference))) if other else policy
+    if other:
+        notes.append(f"sharing hydra: reference {cfg.reference} is taken for one with the policy's lower layers")
     stands = cfg.reward_model is None or not _is_whole(cfg.reward_model)
     notes.append("sharing: critic and reward model are taken for ones that stand on the policy's weights (README.md)")
     if not stands:

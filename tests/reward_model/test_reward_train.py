@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from reward_model import train
 from reward_model.data import RankedTokens, pairs_of, tokenize_rankings
+from reward_model.finish import drawn_responses
 from reward_model.model import RewardModel
 from reward_model.train import forward, obeys_masks, outcomes_of, packed_length, ranking_loss, right_pairs
 from rlhf.data.templates import prompt_tokens, response_tokens
@@ -160,6 +161,17 @@ def test_without_demonstrations_training_answers_have_mean_0_and_deviation_1(
     scores = torch.tensor(model.score_tokens(rows))
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("pairs", [50, 80, 160, 320, 400])
+def test_better_and_worse_answers_are_drawn_alike_for_the_normalisation(pairs: int) -> None:
+    """Every pair that is drawn with both of its rows, at most 160 rows but of fewer all."""
+    items = [RankedTokens([[i, 1], [i, 0]], [1, 2], [[0.5, 1.0], [0.0, 0.5]], str(i), [1, 1]) for i in range(pairs)]
+    rows = drawn_responses(items, seed=0)
+    assert len(rows) == min(160, 2 * pairs)
+    assert sum(better for _, better in rows) == len(rows) // 2
+    steps = {b - a for (a, _), (b, _) in zip(rows[::2], rows[2::2], strict=False)}
+    assert pairs < 100 or len(steps) > 2, "no even distance, which could meet a period of the data"
 
 
 def one(tiny: Any, row: dict[str, Any]) -> Any:

@@ -212,8 +212,9 @@ def test_sft_and_reward_have_one_role(invoke: Any, stage_config: Any, prompts_fi
         assert list(found["plans"][0]["roles"]) == ["model"]
 
 
-def test_a_pipeline_is_planned_by_its_stages_that_train(invoke: Any, tiny: Any, tmp_path: Path) -> None:
-    block = {
+@pytest.fixture
+def pipeline(tiny: Any, tmp_path: Path) -> dict[str, Any]:
+    return {
         "run_dir": str(tmp_path / "run"),
         "model": tiny.path,
         "precision": "fp32",
@@ -224,8 +225,33 @@ def test_a_pipeline_is_planned_by_its_stages_that_train(invoke: Any, tiny: Any, 
         "ppo": {"prompts": {"path": "x.jsonl"}},
         "evaluate": {"prompts": {"path": "x.jsonl"}},
     }
-    found = json.loads(invoke(yaml.safe_dump(block), "--gpu", "h100", "--json").output)
+
+
+def test_a_pipeline_is_planned_by_its_stages_that_train(invoke: Any, pipeline: dict[str, Any]) -> None:
+    found = json.loads(invoke(yaml.safe_dump(pipeline), "--gpu", "h100", "--json").output)
     assert [part["stage"] for part in found] == ["sft", "reward", "ppo"]
+
+
+def test_further_rounds_are_planned_and_said_once(invoke: Any, pipeline: dict[str, Any]) -> None:
+    rounds = {"rounds": 3, "later_rounds": {"ppo": {"sampling": {"max_new_tokens": 7}}}}
+    text = yaml.safe_dump({**pipeline, **rounds})
+    found = {part["stage"]: part for part in json.loads(invoke(text, "--gpu", "h100", "--json").output)}
+    further = [f"round_{number}/{stage}" for number in (2, 3) for stage in ("reward", "ppo")]
+    assert list(found) == ["sft", "reward", "ppo", *further]
+    sampled = [found[stage]["plans"][0]["roles"]["sampler"]["kv_cache"] for stage in ("ppo", "round_2/ppo")]
+    assert sampled[0] > sampled[1] > 0
+    shown = invoke(text, "--gpu", "h100").output
+    assert "round_2/reward: as reward\n" in shown
+    assert "round_3/ppo: as round_2/ppo\n" in shown
+    assert "round_2/ppo: " in shown
+
+
+def test_a_hydra_reference_that_is_another_model_counts_its_top_alone(stage_config: Any, models: Models) -> None:
+    """That of a further round, which has the policy's lower layers; as the reward model's."""
+    cfg = stage_config("ppo", sharing="hydra", tuning={"layers": 1})
+    other = cfg.model_copy(update={"reference": "elsewhere"})
+    own, further = (plans(c, models, CLUSTER)[0].footprint.roles["reference"].weights for c in (cfg, other))
+    assert own == further > 0
 
 
 def test_this_machine_is_measured_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
