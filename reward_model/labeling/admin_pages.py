@@ -119,6 +119,7 @@ def _overview(
             "invites": figures.open_invites(session, now),
         }
     context |= {"progress": site.store.progress(), "report": site.agreement.report(), "figure_names": FIGURES}
+    context |= {"report_failed": site.agreement.failed}
     context |= {"is_admin": visitor.role == "admin", "roles": accounts.ROLES, "link": link, "link_role": link_role}
     return page(request, "admin.html.j2", visitor, **context)
 

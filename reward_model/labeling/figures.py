@@ -5,6 +5,7 @@ Days and hours are UTC's. Only what people said and did not withdraw is counted.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -20,6 +21,8 @@ from sqlalchemy.orm import Session, aliased
 
 from reward_model.labeling.schema import AssignmentRow, EventRow, InviteRow, ItemRow, JudgmentRow, UserRow
 from reward_model.labeling.store import LabelStore
+
+_log = logging.getLogger(__name__)
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 DAYS, HOURS, SHOWN = 14, 24, 100
@@ -194,11 +197,15 @@ class Agreement:
 
     Who asks waits for `patience` seconds and then gets the report before; so a small project's is always new. A report
     is kept for `KEPT_SECONDS`, or twenty times as long as it took if that is more: at most a twentieth of one core's
-    time goes into it.
+    time goes into it. One that fails costs its own tables alone: the page is where admins mend things.
+
+    Attributes:
+        failed: the latest report could not be computed; the traceback is in the server's log.
     """
 
     def __init__(self, store: LabelStore, seed: int, timer: Callable[[], float] = time.monotonic) -> None:
         self.patience = 1.0
+        self.failed = False
         self._store = store
         self._seed = seed
         self._timer = timer
@@ -208,7 +215,7 @@ class Agreement:
         self._due = -math.inf
 
     def report(self) -> dict[str, Any] | None:
-        """The report, with `as_of` (time of day, UTC); None while the first one is computed."""
+        """The report, with `as_of` (time of day, UTC); None while the first one is computed, or if that failed."""
         with self._lock:
             if self._running is None and self._timer() >= self._due:
                 self._running = Future()
@@ -221,17 +228,15 @@ class Agreement:
         return self._report
 
     def _compute(self, running: Future[None]) -> None:
-        failure: Exception | None = None
         try:
             self._renew()
-        except Exception as error:  # told to whoever waits
-            failure = error
+            self.failed = False
+        except Exception:
+            _log.exception("the agreement figures cannot be computed")
+            self.failed, self._due = True, self._timer() + KEPT_SECONDS
         with self._lock:
             self._running = None
-        if failure is None:
-            running.set_result(None)
-        else:
-            running.set_exception(failure)
+        running.set_result(None)
 
     def _renew(self) -> None:
         # Brings torch along; who never looks at the figures never waits for it.
