@@ -162,16 +162,19 @@ def users(session: Session) -> list[UserRow]:
 
 
 def open_invites(session: Session, now_ms: int) -> list[dict[str, Any]]:
-    """Invites that still work: id, role, who made them, and until when they do."""
+    """Invites that still work: id, role, whose password they set ("" for a new account), who made them, until when."""
+    target = aliased(UserRow)
     found = (
-        select(InviteRow, UserRow.name)
+        select(InviteRow, UserRow.name, target.name)
         .outerjoin(UserRow, UserRow.id == InviteRow.created_by)
+        .outerjoin(target, target.id == InviteRow.for_user)
         .where(InviteRow.used_by.is_(None), InviteRow.expires_ms > now_ms)
         .order_by(InviteRow.id)
     )
     return [
-        {"id": row.id, "role": row.role, "by": name or "command line", "until": _text(row.expires_ms, "%Y-%m-%d %H:%M")}
-        for row, name in session.execute(found)
+        {"id": row.id, "role": row.role, "for": target_name or ""}
+        | {"by": name or "command line", "until": _text(row.expires_ms, "%Y-%m-%d %H:%M")}
+        for row, name, target_name in session.execute(found)
     ]
 
 
