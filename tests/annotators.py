@@ -105,7 +105,8 @@ class Annotator:
         while going() and (task := state["task"]) is not None:
             if think_seconds:
                 await asyncio.sleep(rng.expovariate(1 / think_seconds))
-            submission, value = f"{self.name}x{len(self.acknowledged):06}", rng.choice([-3, -2, -1, 1, 2, 3])
+            submission = f"{self.name.replace('-', '')}x{len(self.acknowledged):06}"
+            value = rng.choice([-3, -2, -1, 1, 2, 3])
             body = {"assignment_id": task["assignment_id"], "submission_id": submission, "choice": "compare"}
             start = time.perf_counter()
             status, state = await browser.surely("POST", "/api/judgments", {**body, "value": value, "ms_active": 5})

@@ -48,6 +48,14 @@ class Visitor:
     csrf_token: str
 
 
+@dataclass(frozen=True)
+class Invitation:
+    """What a link is good for: an account of this role, or a new password for the user of this name."""
+
+    role: str
+    name: str
+
+
 def hash_token(token: str) -> bytes:
     """What is stored of an invite's or a session's token."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
@@ -70,16 +78,38 @@ def has_admin(store: LabelStore) -> bool:
 def create_invite(store: LabelStore, role: str, created_by: int | None) -> str:
     """The token of a new invite; it makes one account of that role within seven days."""
     _check_role(role)
-    token = secrets.token_urlsafe(32)
-    now = store.clock()
+    token, row = _new_invite(store, role, created_by)
     with store.begin() as session:
-        row = InviteRow(
-            token_hash=hash_token(token), role=role, created_by=created_by, created_ms=now, expires_ms=now + INVITE_MS
-        )
         session.add(row)
         session.flush()
         log(store, session, created_by, "invite_created", invite=row.id, role=role)
     return token
+
+
+def create_reset(store: LabelStore, by: int, user_id: int) -> tuple[str, str]:
+    """The token of a link by which this user chooses a new password, within seven days; and the user's name.
+
+    Earlier ones of this user end. Until the link is used, the old password works.
+
+    Raises:
+        Refused: 404 no such user.
+    """
+    with store.begin() as session:
+        user = _person(session, user_id)
+        earlier = (InviteRow.for_user == user_id, InviteRow.used_by.is_(None))
+        session.execute(update(InviteRow).where(*earlier).values(expires_ms=store.clock()))
+        token, row = _new_invite(store, user.role, by)
+        row.for_user = user_id
+        session.add(row)
+        session.flush()
+        log(store, session, by, "password_link_created", invite=row.id, user=user_id, name=user.name)
+        return token, user.name
+
+
+def _new_invite(store: LabelStore, role: str, created_by: int | None) -> tuple[str, InviteRow]:
+    token, now = secrets.token_urlsafe(32), store.clock()
+    times = {"created_ms": now, "expires_ms": now + INVITE_MS}
+    return token, InviteRow(token_hash=hash_token(token), role=role, created_by=created_by, **times)
 
 
 def first_admin_invite(store: LabelStore) -> str:
@@ -104,35 +134,37 @@ def withdraw_invite(store: LabelStore, by: int, invite_id: int) -> None:
         log(store, session, by, "invite_withdrawn", invite=invite_id, role=invite.role)
 
 
-def invited_role(store: LabelStore, token: str) -> str:
-    """The role that an invite gives.
+def invitation(store: LabelStore, token: str) -> Invitation:
+    """What an invite is good for.
 
     Raises:
-        Refused: 404, it is unknown, used or expired; which of them is not said.
+        Refused: 404, it is unknown, used or expired, or its user deactivated; which of them is not said.
     """
+    found = select(InviteRow, UserRow).outerjoin(UserRow, UserRow.id == InviteRow.for_user)
     with store.read() as session:
-        invite = session.scalar(select(InviteRow).where(*_usable(store, token)))
-        if invite is None:
-            raise _dead_invite()
-        return invite.role
+        row = session.execute(found.where(*_usable(store, token))).first()
+    if row is None or (row[1] is not None and not row[1].active):
+        raise _dead_invite()
+    return Invitation(row[0].role, row[1].name if row[1] else "")
 
 
 def accept_invite(store: LabelStore, token: str, name: str, password: str) -> int:
-    """A new account; its id. The invite is used up.
+    """The id of a new account, or of the user whose password the link sets: `name` then plays no part.
 
     Raises:
-        Refused: 404 as `invited_role`, 409 the name is taken, 422 name or password will not do.
+        Refused: 404 as `invitation`, 409 the name is taken, 422 name or password will not do.
     """
-    invited_role(store, token)  # before the password is hashed, which is slow
-    name = clean_name(name)
-    if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
-        fix = f"take {MIN_PASSWORD} to {MAX_PASSWORD} characters; some words in a row are good"
-        raise Refused(422, f"the password has {len(password)} characters", fix=fix)
-    password_hash = hash_password(password)
+    known = invitation(store, token).name  # before the password is hashed, which is slow
+    name = known or clean_name(name)
+    password_hash = new_hash(password)
     with store.begin() as session:
         invite = session.scalar(select(InviteRow).where(*_usable(store, token)).with_for_update())
         if invite is None:
             raise _dead_invite()
+        if invite.for_user is not None:
+            invite.used_by = invite.for_user
+            _set_password(store, session, _person(session, invite.for_user), password_hash, "password_reset")
+            return invite.for_user
         if _id_of(session, name) is not None:
             raise _name_taken(name)
         user = UserRow(name=name, role=invite.role, password_hash=password_hash, created_ms=store.clock())
@@ -171,6 +203,39 @@ def hash_password(password: str) -> str:
         return HASHER.hash(_bytes(password))
 
 
+def new_hash(password: str) -> str:
+    """`hash_password` of a password that somebody chose.
+
+    Raises:
+        Refused: 422 too short or too long, 429 too many at once.
+    """
+    if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
+        fix = f"take {MIN_PASSWORD} to {MAX_PASSWORD} characters; some words in a row are good"
+        raise Refused(422, f"the password has {len(password)} characters", fix=fix)
+    return hash_password(password)
+
+
+def change_password(store: LabelStore, user_id: int, current: str, new: str) -> None:
+    """Another password; all sessions of the user end.
+
+    Raises:
+        Refused: 422, the current one is wrong or the new one will not do; 429, too many at once.
+    """
+    with store.read() as session:
+        stored = session.get_one(UserRow, user_id).password_hash
+    if not _verify(stored or nobodys_hash(), current):
+        raise Refused(422, "the current password is wrong", fix="try again, or ask an admin for a new password link")
+    password_hash = new_hash(new)
+    with store.begin() as session:
+        _set_password(store, session, _person(session, user_id), password_hash, "password_changed")
+
+
+def _set_password(store: LabelStore, session: Session, user: UserRow, password_hash: str, kind: str) -> None:
+    user.password_hash = password_hash
+    session.execute(delete(SessionRow).where(SessionRow.user_id == user.id))  # whoever knew the old one is out
+    log(store, session, user.id, kind, name=user.name)
+
+
 def login(store: LabelStore, name: str, password: str, address: str) -> str:
     """A new session; its token, for the cookie.
 
@@ -187,7 +252,7 @@ def login(store: LabelStore, name: str, password: str, address: str) -> str:
         with store.begin() as session:
             # An unknown name is not kept: people type their password there.
             log(store, session, user_id, "login_failed", address=address)
-        raise Refused(401, "name or password is wrong", fix="try again, or ask an admin for a new invite link")
+        raise Refused(401, "name or password is wrong", fix="try again, or ask an admin for a new password link")
     return start_session(store, user_id, address)
 
 

@@ -42,8 +42,7 @@ def invite(request: Request, site: SiteOf, visitor: Admin, form: Form) -> Respon
     """A new invite link; it is shown this once, since only its hash is kept."""
     role = form.get("role", "")
     token = accounts.create_invite(site.store, role, visitor.user_id)
-    base = origin_of(site.cfg.serve.public_url) if site.cfg.serve.public_url else str(request.base_url).rstrip("/")
-    return _overview(request, site, visitor, link=f"{base}/invite/{token}", link_role=role)
+    return _overview(request, site, visitor, link=_link(request, site, token), link_for=f"the new {role}")
 
 
 @router.post("/invites/{invite_id}/withdraw")
@@ -72,6 +71,15 @@ def activate(site: SiteOf, visitor: Admin, user_id: Id) -> Response:
     """The user may log in again."""
     accounts.set_active(site.store, visitor.user_id, user_id, True)
     return _back("users")
+
+
+@router.post("/users/{user_id}/reset")
+def reset(request: Request, site: SiteOf, visitor: Admin, user_id: Id) -> Response:
+    """A link by which the user chooses a new password; it is shown this once."""
+    token, name = accounts.create_reset(site.store, visitor.user_id, user_id)
+    return _overview(
+        request, site, visitor, link=_link(request, site, token), link_for=f"{name}, to choose a new password"
+    )
 
 
 @router.post("/users/{user_id}/unpause")
@@ -105,7 +113,7 @@ def audit(request: Request, site: SiteOf, visitor: Admin, before: Before = None)
 
 
 def _overview(
-    request: Request, site: Site, visitor: Visitor, *, link: str | None = None, link_role: str = ""
+    request: Request, site: Site, visitor: Visitor, *, link: str | None = None, link_for: str = ""
 ) -> Response:
     now = site.store.clock()
     with site.store.read() as session:
@@ -119,8 +127,14 @@ def _overview(
             "invites": figures.open_invites(session, now),
         }
     context |= {"progress": site.store.progress(), "report": site.agreement.report(), "figure_names": FIGURES}
-    context |= {"is_admin": visitor.role == "admin", "roles": accounts.ROLES, "link": link, "link_role": link_role}
+    context |= {"report_failed": site.agreement.failed}
+    context |= {"is_admin": visitor.role == "admin", "roles": accounts.ROLES, "link": link, "link_for": link_for}
     return page(request, "admin.html.j2", visitor, **context)
+
+
+def _link(request: Request, site: Site, token: str) -> str:
+    base = origin_of(site.cfg.serve.public_url) if site.cfg.serve.public_url else str(request.base_url).rstrip("/")
+    return f"{base}/invite/{token}"
 
 
 def _back(part: str) -> Response:

@@ -19,7 +19,7 @@ from reward_model.labeling.serving import (
     task_of,
 )
 from rlhf.config_labeling import LabelingStage
-from rlhf.errors import LabelError
+from rlhf.errors import LabelError, LeaseError
 
 MAX_NOTES = 2_000
 """Characters."""
@@ -87,8 +87,8 @@ def submit_answer(
     """Stores an answer once, whatever is sent twice.
 
     Raises:
-        LabelError: the answer does not fit, the assignment is unknown, or judged already by another submission.
-        LeaseError: the lease ran out, and the place has gone to somebody else.
+        LabelError: the answer does not fit, or the assignment is unknown.
+        LeaseError: it is judged already, in another tab maybe, or the lease ran out and somebody else has the place.
     """
     user = locked_user(session, user_id)
     assignment, item = locked_assignment(session, user_id, assignment_id)
@@ -102,7 +102,7 @@ def submit_answer(
     elif assignment.state == "leased" and not decides:
         free_place(assignment, item)
     elif assignment.state not in ("leased", "expired"):
-        raise LabelError(f"assignment {assignment_id} is judged already", fix="undo the judgment to change it")
+        raise LeaseError("you have judged this item already", fix="go on with the next item, or undo to change it")
     row = store_answer(session, assignment, answer, submission_id, now_ms)
     if answer.choice == "flag" and item.state != "retired":
         item.state = "flagged"

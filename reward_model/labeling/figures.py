@@ -5,6 +5,7 @@ Days and hours are UTC's. Only what people said and did not withdraw is counted.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -20,6 +21,8 @@ from sqlalchemy.orm import Session, aliased
 
 from reward_model.labeling.schema import AssignmentRow, EventRow, InviteRow, ItemRow, JudgmentRow, UserRow
 from reward_model.labeling.store import LabelStore
+
+_log = logging.getLogger(__name__)
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 DAYS, HOURS, SHOWN = 14, 24, 100
@@ -159,16 +162,19 @@ def users(session: Session) -> list[UserRow]:
 
 
 def open_invites(session: Session, now_ms: int) -> list[dict[str, Any]]:
-    """Invites that still work: id, role, who made them, and until when they do."""
+    """Invites that still work: id, role, whose password they set ("" for a new account), who made them, until when."""
+    target = aliased(UserRow)
     found = (
-        select(InviteRow, UserRow.name)
+        select(InviteRow, UserRow.name, target.name)
         .outerjoin(UserRow, UserRow.id == InviteRow.created_by)
+        .outerjoin(target, target.id == InviteRow.for_user)
         .where(InviteRow.used_by.is_(None), InviteRow.expires_ms > now_ms)
         .order_by(InviteRow.id)
     )
     return [
-        {"id": row.id, "role": row.role, "by": name or "command line", "until": _text(row.expires_ms, "%Y-%m-%d %H:%M")}
-        for row, name in session.execute(found)
+        {"id": row.id, "role": row.role, "for": target_name or ""}
+        | {"by": name or "command line", "until": _text(row.expires_ms, "%Y-%m-%d %H:%M")}
+        for row, name, target_name in session.execute(found)
     ]
 
 
@@ -194,11 +200,15 @@ class Agreement:
 
     Who asks waits for `patience` seconds and then gets the report before; so a small project's is always new. A report
     is kept for `KEPT_SECONDS`, or twenty times as long as it took if that is more: at most a twentieth of one core's
-    time goes into it.
+    time goes into it. One that fails costs its own tables alone: the page is where admins mend things.
+
+    Attributes:
+        failed: the latest report could not be computed; the traceback is in the server's log.
     """
 
     def __init__(self, store: LabelStore, seed: int, timer: Callable[[], float] = time.monotonic) -> None:
         self.patience = 1.0
+        self.failed = False
         self._store = store
         self._seed = seed
         self._timer = timer
@@ -208,7 +218,7 @@ class Agreement:
         self._due = -math.inf
 
     def report(self) -> dict[str, Any] | None:
-        """The report, with `as_of` (time of day, UTC); None while the first one is computed."""
+        """The report, with `as_of` (time of day, UTC); None while the first one is computed, or if that failed."""
         with self._lock:
             if self._running is None and self._timer() >= self._due:
                 self._running = Future()
@@ -221,17 +231,15 @@ class Agreement:
         return self._report
 
     def _compute(self, running: Future[None]) -> None:
-        failure: Exception | None = None
         try:
             self._renew()
-        except Exception as error:  # told to whoever waits
-            failure = error
+            self.failed = False
+        except Exception:
+            _log.exception("the agreement figures cannot be computed")
+            self.failed, self._due = True, self._timer() + KEPT_SECONDS
         with self._lock:
             self._running = None
-        if failure is None:
-            running.set_result(None)
-        else:
-            running.set_exception(failure)
+        running.set_result(None)
 
     def _renew(self) -> None:
         # Brings torch along; who never looks at the figures never waits for it.

@@ -1,4 +1,4 @@
-"""The HTML pages: labeling, login, invite. They need no script to be read; the admin's are in `admin_pages.py`."""
+"""The HTML pages: labeling, login, invite, password. All can be read without script; see also `admin_pages.py`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from reward_model.labeling.access import (
 )
 from reward_model.labeling.accounts import Visitor
 from reward_model.labeling.rendering import markdown_html
-from reward_model.labeling.security import Refused
+from reward_model.labeling.security import Refused, address_of
 
 HERE = Path(__file__).resolve().parent
 router = APIRouter()
@@ -104,25 +104,52 @@ def log_out(request: Request, site: SiteOf, visitor: Anyone) -> Response:
 
 @router.get("/invite/{token}")
 def invite_page(request: Request, site: SiteOf, token: str, address: Address) -> Response:
-    """Choose a name and a password."""
-    role = accounts.invited_role(site.store, token)
+    """Choose a name and a password, or a new password."""
+    invited = accounts.invitation(site.store, token)
     site.limits.secrets_by_address.give_back(address)
-    return page(request, "invite.html.j2", None, error=None, name="", role=role)
+    return page(request, "invite.html.j2", None, error=None, name="", invited=invited)
 
 
 @router.post("/invite/{token}")
 def accept_invite(request: Request, site: SiteOf, token: str, form: Form, address: Address) -> Response:
-    """The account, logged in at once."""
+    """The account, or its new password; logged in at once."""
     name = form.get("name", "")
     try:
         user_id = accounts.accept_invite(site.store, token, name, form.get("password", ""))
     except Refused as refused:
         if refused.status not in (409, 422):
             raise
-        role = accounts.invited_role(site.store, token)
-        return page(request, "invite.html.j2", None, status=refused.status, error=refused, name=name, role=role)
+        invited = accounts.invitation(site.store, token)
+        return page(request, "invite.html.j2", None, status=refused.status, error=refused, name=name, invited=invited)
     site.limits.secrets_by_address.give_back(address)
     return _logged_in(request, site, accounts.start_session(site.store, user_id, address))
+
+
+@router.get("/password")
+def password_page(request: Request, site: SiteOf, visitor: Anyone) -> Response:
+    """Choose another password."""
+    _need_accounts(site)
+    return page(request, "password.html.j2", visitor, error=None)
+
+
+@router.post("/password")
+def change_password(request: Request, site: SiteOf, visitor: Anyone, form: Form) -> Response:
+    """Another password; all other browsers are logged out."""
+    _need_accounts(site)
+    site.limits.logins_by_name.take(visitor.name.casefold())  # a session that was left open is no way to guess
+    try:
+        accounts.change_password(site.store, visitor.user_id, form.get("current", ""), form.get("password", ""))
+    except Refused as refused:
+        if refused.status != 422:
+            raise
+        return page(request, "password.html.j2", visitor, status=422, error=refused)
+    site.limits.logins_by_name.give_back(visitor.name.casefold())
+    return _logged_in(request, site, accounts.start_session(site.store, visitor.user_id, address_of(request)))
+
+
+def _need_accounts(site: Site) -> None:
+    if not site.accounts:
+        raise Refused(404, "there are no accounts here", fix="open /")
 
 
 def _logged_in(request: Request, site: Site, token: str) -> Response:

@@ -47,7 +47,7 @@ class UserRow(Base):
 
 
 class InviteRow(Base):
-    """A link that makes one account. Only the hash of its token is kept."""
+    """A link that makes one account, or sets the password of `for_user`. Only the hash of its token is kept."""
 
     __tablename__ = "invites"
 
@@ -58,6 +58,7 @@ class InviteRow(Base):
     created_ms: Mapped[int] = mapped_column(BigInteger)
     expires_ms: Mapped[int] = mapped_column(BigInteger)
     used_by: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
+    for_user: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
 
 
 class SessionRow(Base):

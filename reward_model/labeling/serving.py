@@ -147,15 +147,15 @@ def renew_lease(session: Session, cfg: LabelingStage, user_id: int, assignment_i
     """Keeps an item before its annotator; one whose lease ran out comes back if its place is still free.
 
     Raises:
-        LabelError: unknown, or judged.
-        LeaseError: the place has gone to somebody else.
+        LabelError: unknown.
+        LeaseError: it is judged, in another tab maybe, or the place has gone to somebody else.
     """
     locked_user(session, user_id)
     assignment, item = locked_assignment(session, user_id, assignment_id)
     if assignment.state == "expired":
         reclaim(assignment, item)
     elif assignment.state != "leased":
-        raise LabelError(f"assignment {assignment_id} is judged", fix="go on with the next item")
+        raise LeaseError("you have judged this item already", fix="go on with the next item, or undo to change it")
     extend(assignment, cfg, now_ms)
     return assignment.lease_expires_ms
 

@@ -156,8 +156,8 @@ class LabelStore:
         """Stores an answer. Sent again with the same `submission_id`, it is the same one.
 
         Raises:
-            LabelError: the answer does not fit the item, or the assignment is unknown or judged.
-            LeaseError: the lease ran out, and the place has gone to somebody else.
+            LabelError: the answer does not fit the item, or the assignment is unknown.
+            LeaseError: it is judged, or the lease ran out and somebody else has the place.
         """
         with self.begin() as session:
             return answers.submit_answer(session, self.cfg, user_id, assignment_id, answer, submission_id, self.clock())
@@ -176,8 +176,8 @@ class LabelStore:
         """A sign of life: the lease runs for its full time again; its new end.
 
         Raises:
-            LabelError: the assignment is unknown or judged.
-            LeaseError: the lease ran out, and the place has gone to somebody else.
+            LabelError: the assignment is unknown.
+            LeaseError: it is judged, or the lease ran out and somebody else has the place.
         """
         with self.begin() as session:
             return serving.renew_lease(session, self.cfg, user_id, assignment_id, self.clock())

@@ -48,7 +48,7 @@ function receive(content) {
   page.busy = false;
   if (content.progress) showProgress(content.progress);
   if (content.paused) return showPaused(content.paused);
-  if (!content.task) return showEmpty();
+  if (!content.task) return showEmpty(content.progress);
   lease.since = performance.now();
   lease.lasts = content.task.lease_expires_ms - content.now_ms;
   showTask(content.task);
@@ -408,10 +408,12 @@ function showPaused(why) {
   notice("paused", "Paused", text, "Look again", load);
 }
 
-function showEmpty() {
-  const text = "All items are judged, or others have the rest. This page looks for new ones by itself.";
-  if ($("app").dataset.state !== "empty") notice("empty", "Nothing left for you", text, "Look again", load);
-  page.polling = setTimeout(() => (document.hidden ? showEmpty() : load()), POLL_MS);
+function showEmpty(progress) {
+  const all = progress.wanted ? "You have judged or skipped all items, or others have the rest." : "No items are queued yet.";
+  const title = progress.wanted ? "Nothing left for you" : "Nothing to judge yet";
+  const text = `${all} This page looks for new ones by itself.`;
+  if ($("app").dataset.state !== "empty") notice("empty", title, text, "Look again", load);
+  page.polling = setTimeout(() => (document.hidden ? showEmpty(progress) : load()), POLL_MS);
 }
 
 /** A refusal that a repetition would not mend: say what it means and what to do. */
@@ -423,7 +425,7 @@ function refused({ status, text }) {
     notice("logged-out", "You are logged out", text, "Log in", () => location.assign("/login"));
   } else if (status === 409) {
     const calm = `${text} What you judged before is stored.`;
-    notice("lost", "This item went to somebody else", calm, "Next item", load);
+    notice("lost", "This item is no longer before you", calm, "Next item", load);
   } else {
     const why = text || `The answer was ${status}.`;
     notice("refused", "The server refused this", why, "Reload the page", () => location.reload());

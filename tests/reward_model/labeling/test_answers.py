@@ -135,7 +135,7 @@ def test_the_same_click_sent_twice_is_stored_once(project: Any, make_items: Any,
     assert again.repeated
     assert again.policies == first.policies
     assert [j.answer for j in standing(store)] == [LEFT]
-    with pytest.raises(LabelError, match="judged already"):
+    with pytest.raises(LeaseError, match="judged this item already"):
         store.submit(a, task.assignment_id, LEFT, "another click")
     other = store.next_task(b)
     with pytest.raises(LabelError, match="submission_id: another judgment has it"):

@@ -347,6 +347,26 @@ def test_an_item_that_went_to_somebody_else(served: Any, opened: Any) -> None:
     assert not site.judgments()
 
 
+def test_two_tabs_of_one_person_judge_an_item_once(served: Any, opened: Any) -> None:
+    site = served(pairs(2))
+    first, second = opened(site.url), opened(site.url)
+    assert texts(first) == texts(second)
+    press(first, "1")
+    press(second, "7")
+    state(second, "lost")
+    expect(second.locator("#notice")).to_contain_text("You have judged this item already.")
+    with another_item(second):
+        second.keyboard.press("Enter")
+    assert texts(second) == texts(first), "both go on with the next item"
+    assert [judgment.answer.value for judgment in site.judgments()] == [-3]
+
+
+def test_a_project_without_items_says_so(served: Any, opened: Any) -> None:
+    page = opened(served([]).url)
+    state(page, "empty")
+    expect(page.locator("#notice")).to_contain_text("No items are queued yet.")
+
+
 def test_who_was_logged_out_loses_nothing(served: Any, opened: Any) -> None:
     site = served(pairs(2), serve={"accounts": True})
     site.account("ann")
@@ -537,6 +557,15 @@ def test_differences_of_long_texts(served: Any, opened: Any) -> None:
     page.keyboard.press("d")
     expect(page.locator("mark")).to_have_count(6)
     assert len(page.locator("mark").first.text_content()) < 200
+
+
+def test_an_endless_line_is_wrapped_and_an_empty_response_is_called_so(served: Any, opened: Any) -> None:
+    site = served([Item("Why?", [Candidate("word " * 9_000), Candidate("")])])
+    page = opened(site.url)
+    box = page.locator(".response pre")
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth && box.clientHeight > 1000")
+    empty = page.locator(".response .text:empty")
+    assert "(empty)" in empty.evaluate("box => getComputedStyle(box, '::before').content")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -141,7 +141,7 @@ def test_a_sign_of_life_keeps_the_item(project: Any, make_items: Any) -> None:
     project.clock.minutes(15)
     assert store.next_task(b) is None
     store.submit(a, task.assignment_id, LEFT, "x")
-    with pytest.raises(LabelError, match="is judged"):
+    with pytest.raises(LabelError, match="judged this item"):
         store.renew(a, task.assignment_id)
 
 

@@ -173,7 +173,7 @@ class Session:
         self.submissions += 1
         call = (user, s.task.assignment_id, answer, submission)
         if s.state in ("done", "passed"):
-            with pytest.raises(LabelError, match="judged already"):
+            with pytest.raises(LeaseError, match="judged this item already"):
                 self.store.submit(*call)
         elif s.state == "expired" and decides and not self.model.free(s):
             with pytest.raises(LeaseError):

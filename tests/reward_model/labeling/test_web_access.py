@@ -21,6 +21,8 @@ TABLE: dict[tuple[str, str], tuple[int, int, int, int]] = {
     ("POST", "/logout"): (401, 303, 303, 303),
     ("GET", "/invite/{token}"): (404, 404, 404, 404),
     ("POST", "/invite/{token}"): (404, 404, 404, 404),
+    ("GET", "/password"): (303, 200, 200, 200),
+    ("POST", "/password"): (401, 422, 422, 422),
     ("GET", "/api/task"): (401, 403, 200, 200),
     ("POST", "/api/judgments"): (401, 403, 422, 422),
     ("POST", "/api/undo"): (401, 403, 200, 200),
@@ -32,6 +34,7 @@ TABLE: dict[tuple[str, str], tuple[int, int, int, int]] = {
     ("POST", "/admin/users/{user_id}/role"): (401, 403, 403, 404),
     ("POST", "/admin/users/{user_id}/deactivate"): (401, 403, 403, 404),
     ("POST", "/admin/users/{user_id}/activate"): (401, 403, 403, 404),
+    ("POST", "/admin/users/{user_id}/reset"): (401, 403, 403, 404),
     ("POST", "/admin/users/{user_id}/unpause"): (401, 403, 403, 404),
     ("POST", "/admin/items/{item_id}/reopen"): (401, 403, 403, 422),
     ("POST", "/admin/items/{item_id}/retire"): (401, 403, 403, 422),
@@ -44,6 +47,7 @@ BODIES: dict[str, Any] = {
 FORMS = {
     "/login": {"name": "nobody", "password": "no password"},
     "/invite/{token}": {"name": "x", "password": "0123456789"},
+    "/password": {"current": "no password", "password": "0123456789"},
     "/admin/invites": {"role": "viewer"},
     "/admin/users/{user_id}/role": {"role": "viewer"},
 }

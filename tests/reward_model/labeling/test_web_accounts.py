@@ -120,6 +120,36 @@ def test_a_name_or_password_that_will_not_do_leaves_the_invite_open(
     assert browser.form(path, {"name": "bob", "password": PASSWORD}, seen=path).status_code == 303
 
 
+def test_an_admin_s_link_sets_a_password_anew_once(web: Web) -> None:
+    root, ada = web.invited("root", "admin"), web.invited("ada")
+    links = [
+        re.search(r"/invite/[\w-]+", root.form(f"/admin/users/{id_of(web, 'ada')}/reset").text)[0] for _ in range(2)
+    ]
+    assert web.browser().get(links[0]).status_code == 404, "the later link ends the one before"
+    assert "new password of <bdi>ada</bdi>" in root.get("/admin").text
+    assert ada.get("/api/task").status_code == 200, "nothing has happened yet"
+    browser = web.browser()
+    assert "<bdi>ada</bdi>" in browser.get(links[1]).text
+    fields = {"name": "mallory", "password": "another long one"}
+    assert browser.form(links[1], fields | {"password": "short"}, seen=links[1]).status_code == 422
+    assert browser.form(links[1], fields, seen=links[1]).status_code == 303
+    assert browser.get("/api/task").status_code == 200
+    assert ada.get("/api/task").status_code == 401, "whoever knew the old password is out"
+    assert log_in(web.browser(), "ada").status_code == 401
+    assert log_in(web.browser(), "ada", "another long one").status_code == 303
+    assert [(user.name, user.role) for user in rows(web, UserRow)] == [("root", "admin"), ("ada", "annotator")]
+    assert web.browser().form(links[1], fields, seen="/x").status_code == 404
+    assert {"password_link_created", "password_reset"} <= set(kinds(log_of(web)))
+
+
+def test_a_deactivated_user_s_password_link_is_dead(web: Web) -> None:
+    root, _ = web.invited("root", "admin"), web.invited("ada")
+    ada = id_of(web, "ada")
+    token, _ = accounts.create_reset(web.store, id_of(web, "root"), ada)
+    root.form(f"/admin/users/{ada}/deactivate")
+    assert web.browser().get(f"/invite/{token}").status_code == 404
+
+
 # --- login and sessions ---------------------------------------------------------------------------------------
 
 
@@ -136,6 +166,27 @@ def test_login_logout_and_cookie(web: Web) -> None:
     assert COOKIE not in browser.http.cookies
     browser.http.cookies.set(COOKIE, token)  # a copy of the cookie is worth nothing now
     assert browser.get("/api/task").status_code == 401
+
+
+def test_a_changed_password_ends_all_other_sessions(web: Web) -> None:
+    ada, elsewhere = web.invited("ada"), web.browser()
+    log_in(elsewhere, "ada")
+    new = "another long one"
+    for wrong, said in [({"current": "wrong", "password": new}, "current"), ({"current": PASSWORD}, "0 characters")]:
+        answer = ada.form("/password", wrong)
+        assert (answer.status_code, said in answer.text) == (422, True)
+    assert elsewhere.get("/api/task").status_code == 200
+    assert ada.form("/password", {"current": PASSWORD, "password": new}).status_code == 303
+    assert ada.get("/api/task").status_code == 200
+    assert elsewhere.get("/api/task").status_code == 401
+    assert [log_in(web.browser(), "ada", password).status_code for password in (PASSWORD, new)] == [401, 303]
+    assert kinds(log_of(web)).count("password_changed") == 1
+
+
+def test_an_open_session_is_no_way_to_guess_its_password(web: Web) -> None:
+    ada = web.invited("ada")
+    tries = [ada.form("/password", {"current": f"guess {n}", "password": "x" * 10}).status_code for n in range(11)]
+    assert tries == [422] * 10 + [429]
 
 
 def test_cookies_demand_https_where_the_site_has_it(tmp_path: Path) -> None:

@@ -245,14 +245,23 @@ def test_nobody_waits_for_a_slow_report(web: Web, monkeypatch: pytest.MonkeyPatc
     assert calls == [1], "one report at a time"
 
 
-def test_a_report_that_fails_is_tried_again(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    agreement = Agreement(web.store, 0)
+def test_a_report_that_fails_takes_no_page_with_it_and_is_tried_again(
+    web: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    root = web.invited("root", "admin")
+    web.app.state.site.agreement = agreement = Agreement(web.store, 0, lambda: now[0])
     agreement.patience = 120.0
     with monkeypatch.context() as broken:
         broken.setattr(web.store, "items", lambda: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            agreement.report()
-    assert agreement.report() is not None
+        page = root.get("/admin")
+        assert page.status_code == 200
+        assert page.text.count("The figures could not be computed") == 2
+        assert REFRESH not in page.text
+        assert "/invite/" in root.form("/admin/invites", {"role": "viewer"}).text
+        assert caplog.text.count("ZeroDivisionError") == 1, "not at once again"
+    now[0] += figures.KEPT_SECONDS
+    assert "Raw agreement" in root.get("/admin").text
 
 
 def test_viewers_see_the_figures_and_no_button(web: Web) -> None:
