@@ -214,7 +214,9 @@ def test_the_command_ends_calmly_with_a_code_of_its_own_and_then_writes_rankings
     assert "given by people" in (tmp_path / "label" / "README.txt").read_text()
     lines = [json.loads(line) for line in (tmp_path / "label" / "judgments.jsonl").read_text().splitlines()]
     assert len(lines) == 6
-    assert all(line["ranks_by_response"] == [3, 2, 1, 4] and line["annotator"] == "ann" for line in lines)
+    assert all(sorted(line["ranks_by_response"]) == [1, 2, 3, 4] and line["annotator"] == "ann" for line in lines)
+    said = {line["prompt_id"]: line["ranks_by_response"] for line in lines}
+    assert all(row["ranks"] == said[row["prompt_id"]] for row in rows)
 
 
 def test_people_need_a_project_and_a_project_people() -> None:
