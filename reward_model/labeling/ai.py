@@ -17,6 +17,7 @@ from typing import Any
 
 from reward_model.labeling.aggregation import aggregate
 from reward_model.labeling.agreement import ranks_from_wins, wins_matrix
+from reward_model.labeling.history import Shown, record_answer
 from reward_model.labeling.judge import Contest, Judge, Judged, open_judge
 from reward_model.labeling.judge_prompt import Verdict
 from reward_model.labeling.judge_report import People, judge_report, write_report
@@ -83,22 +84,18 @@ def _record(
             store.log_event(None, "judge_failed", {"annotator": annotator, "item": item.key})
         return
     K = len(item.responses)
-    for presentation, order in enumerate(([*range(K)], [*reversed(range(K))])):
-        shown = {key: both[presentation] for key, both in complete.items()}
-        answer = _pair_answer(shown[0, 1]) if item.kind == "pair" else _ranking_answer(shown, K, presentation)
-        before = standing.get((item.key, presentation))
-        if before and before.answer == answer:
-            continue
-        said = [annotator, item.key, presentation, answer.value, answer.ranks, answer.notes, before and before.id]
-        store.record(
-            annotator,
-            "judge",
-            item.key,
-            order,
-            answer,
-            presentation=presentation,
-            submission_id="judge-" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40],
-        )
+    user_id = store.ensure_user(annotator, role="annotator", labeler="judge")
+    with store.begin() as session:  # both or none: one order alone is no label
+        for presentation, order in enumerate(([*range(K)], [*reversed(range(K))])):
+            shown = {key: both[presentation] for key, both in complete.items()}
+            answer = _pair_answer(shown[0, 1]) if item.kind == "pair" else _ranking_answer(shown, K, presentation)
+            before = standing.get((item.key, presentation))
+            if before and before.answer == answer:
+                continue
+            said = [annotator, item.key, presentation, answer.value, answer.ranks, answer.notes, before and before.id]
+            submission_id = "judge-" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40]
+            as_shown = Shown(item.key, order, presentation)
+            record_answer(session, user_id, as_shown, answer, submission_id, store.clock())
 
 
 def _pair_answer(said: Verdict) -> Answer:
