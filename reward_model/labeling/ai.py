@@ -27,6 +27,9 @@ from rlhf.config_labeling import LabelingStage
 from rlhf.errors import ConfigError, DataError
 from rlhf.progress import Progress
 
+NOTHING = Answer("skip")
+"""What a judge without a verdict says of an item."""
+
 
 def main(cfg: LabelingStage) -> None:
     """Judge every item of the project; write judge_report.json into `cfg.run_dir`.
@@ -73,24 +76,27 @@ def judge_items(store: LabelStore, items: Sequence[Item], judge: Judge) -> dict[
 def _record(
     store: LabelStore, item: Item, judged: Judged, annotator: str, standing: Mapping[tuple[str, int], Judgment]
 ) -> None:
-    """Both presentations of an item that has all of its verdicts; of any other, nothing but a line in the log.
+    """Both presentations of an item that has all of its verdicts; of any other, a line in the log.
 
-    `standing`: this judge's judgments from before. One that says the same is left alone, another one is superseded.
+    `standing`: this judge's judgments from before. One that says the same is left alone, another one is superseded:
+    where the judge fails by a skip, for what it said by other criteria, or as another model, is no answer to these.
     """
     verdicts = {key: pair.both for key, pair in judged.pairs.items()}
     complete = {key: both for key, both in verdicts.items() if both is not None}
     if len(complete) < len(verdicts):
-        if not judged.unasked:
-            store.log_event(None, "judge_failed", {"annotator": annotator, "item": item.key})
-        return
+        if judged.unasked:
+            return
+        store.log_event(None, "judge_failed", {"annotator": annotator, "item": item.key})
     K = len(item.responses)
     user_id = store.ensure_user(annotator, role="annotator", labeler="judge")
     with store.begin() as session:  # both or none: one order alone is no label
         for presentation, order in enumerate(([*range(K)], [*reversed(range(K))])):
-            shown = {key: both[presentation] for key, both in complete.items()}
-            answer = _pair_answer(shown[0, 1]) if item.kind == "pair" else _ranking_answer(shown, K, presentation)
+            answer = NOTHING
+            if len(complete) == len(verdicts):
+                shown = {key: both[presentation] for key, both in complete.items()}
+                answer = _pair_answer(shown[0, 1]) if item.kind == "pair" else _ranking_answer(shown, K, presentation)
             before = standing.get((item.key, presentation))
-            if before and before.answer == answer:
+            if answer == (before.answer if before else NOTHING):
                 continue
             said = [annotator, item.key, presentation, answer.value, answer.ranks, answer.notes, before and before.id]
             submission_id = "judge-" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40]

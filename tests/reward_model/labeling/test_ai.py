@@ -109,6 +109,20 @@ def test_a_failure_leaves_an_item_without_any_judgment(judge_server: JudgeServer
     assert saved_report(cfg)["failures"] == {"refusal": 1}
 
 
+def test_where_a_judge_fails_its_answer_by_other_criteria_does_not_stand(judge_server: JudgeServer, stage: Any) -> None:
+    cfg = stage()
+    ai.main(cfg)
+    was = [(j.item_key, j.ranks) for j in judgments(cfg)]
+    judge_server.always = lambda first, second: "refusal" if first == f"2 {TEXTS[1]}" else None
+    other = stage(criteria="Shorter is better.")
+    for _ in range(2):  # the second time, nothing is new
+        ai.main(other)
+        assert [j.item_key for j in judgments(cfg) if j.decides] == [was[n][0] for n in (0, 2, 6, 8, 10) for _ in "ab"]
+        assert len(judgments(cfg, effective=False)) == 14
+    ai.main(cfg)
+    assert sorted((j.item_key, j.ranks) for j in judgments(cfg)) == sorted(was)
+
+
 def test_an_item_that_breaks_off_between_its_orders_has_none(
     judge_server: JudgeServer, stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
