@@ -17,6 +17,7 @@ from typing import Any
 
 from reward_model.labeling.aggregation import aggregate
 from reward_model.labeling.agreement import ranks_from_wins, wins_matrix
+from reward_model.labeling.history import Shown, record_answer
 from reward_model.labeling.judge import Contest, Judge, Judged, open_judge
 from reward_model.labeling.judge_prompt import Verdict
 from reward_model.labeling.judge_report import People, judge_report, write_report
@@ -25,6 +26,9 @@ from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
 from rlhf.errors import ConfigError, DataError
 from rlhf.progress import Progress
+
+NOTHING = Answer("skip")
+"""What a judge without a verdict says of an item."""
 
 
 def main(cfg: LabelingStage) -> None:
@@ -72,33 +76,32 @@ def judge_items(store: LabelStore, items: Sequence[Item], judge: Judge) -> dict[
 def _record(
     store: LabelStore, item: Item, judged: Judged, annotator: str, standing: Mapping[tuple[str, int], Judgment]
 ) -> None:
-    """Both presentations of an item that has all of its verdicts; of any other, nothing but a line in the log.
+    """Both presentations of an item that has all of its verdicts; of any other, a line in the log.
 
-    `standing`: this judge's judgments from before. One that says the same is left alone, another one is superseded.
+    `standing`: this judge's judgments from before. One that says the same is left alone, another one is superseded:
+    where the judge fails by a skip, for what it said by other criteria, or as another model, is no answer to these.
     """
     verdicts = {key: pair.both for key, pair in judged.pairs.items()}
     complete = {key: both for key, both in verdicts.items() if both is not None}
     if len(complete) < len(verdicts):
-        if not judged.unasked:
-            store.log_event(None, "judge_failed", {"annotator": annotator, "item": item.key})
-        return
+        if judged.unasked:
+            return
+        store.log_event(None, "judge_failed", {"annotator": annotator, "item": item.key})
     K = len(item.responses)
-    for presentation, order in enumerate(([*range(K)], [*reversed(range(K))])):
-        shown = {key: both[presentation] for key, both in complete.items()}
-        answer = _pair_answer(shown[0, 1]) if item.kind == "pair" else _ranking_answer(shown, K, presentation)
-        before = standing.get((item.key, presentation))
-        if before and before.answer == answer:
-            continue
-        said = [annotator, item.key, presentation, answer.value, answer.ranks, answer.notes, before and before.id]
-        store.record(
-            annotator,
-            "judge",
-            item.key,
-            order,
-            answer,
-            presentation=presentation,
-            submission_id="judge-" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40],
-        )
+    user_id = store.ensure_user(annotator, role="annotator", labeler="judge")
+    with store.begin() as session:  # both or none: one order alone is no label
+        for presentation, order in enumerate(([*range(K)], [*reversed(range(K))])):
+            answer = NOTHING
+            if len(complete) == len(verdicts):
+                shown = {key: both[presentation] for key, both in complete.items()}
+                answer = _pair_answer(shown[0, 1]) if item.kind == "pair" else _ranking_answer(shown, K, presentation)
+            before = standing.get((item.key, presentation))
+            if answer == (before.answer if before else NOTHING):
+                continue
+            said = [annotator, item.key, presentation, answer.value, answer.ranks, answer.notes, before and before.id]
+            submission_id = "judge-" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40]
+            as_shown = Shown(item.key, order, presentation)
+            record_answer(session, user_id, as_shown, answer, submission_id, store.clock())
 
 
 def _pair_answer(said: Verdict) -> Answer:

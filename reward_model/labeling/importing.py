@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_model.labeling.history import Shown, record_answer
-from reward_model.labeling.imports import PARSERS, Imported
+from reward_model.labeling.imports import NAMELESS, PARSERS, Imported, Said
 from reward_model.labeling.other_tools import READERS
 from reward_model.labeling.records import Answer, canonical_ranks, neutral_order
 from reward_model.labeling.store import LabelStore
@@ -140,7 +140,18 @@ def merge(entries: list[Imported]) -> list[Imported]:
         for said in entry.said:
             said.answer = reordered(said.answer, order)
             first.said.append(said)
+    for entry in merged.values():
+        _tell_apart(entry.said)
     return list(merged.values())
+
+
+def _tell_apart(said: Sequence[Said]) -> None:
+    """Rows without a name are different people's: of one person, a further answer to an item would not count."""
+    times: Counter[str] = Counter()
+    for one in said:
+        times[one.annotator] += 1
+        if one.annotator.startswith(NAMELESS) and times[one.annotator] > 1:
+            one.annotator += f" {times[one.annotator]}"
 
 
 def reordered(answer: Answer, order: list[int]) -> Answer:

@@ -17,12 +17,14 @@ from typing import Any
 
 from reward_model.labeling.preferences import LABELERS, RATED
 from reward_model.labeling.records import STRONGEST, Answer, Candidate, Item, Labeler
-from rlhf.data.fields import FieldError, Fields
+from rlhf.data.fields import FieldError, Fields, encodable, prompt_at
 from rlhf.data.formats import RANKINGS, scalar_meta
 from rlhf.data.records import prompt_id
 from rlhf.types import Prompt, Ranking
 
 MAX_NAME = 64
+NAMELESS = "imported "
+"""How the annotators are called whom a file does not name."""
 
 
 @dataclass
@@ -50,9 +52,10 @@ def item_of(prompt: Prompt, responses: Sequence[Candidate], meta: Mapping[str, A
     """A pair of two responses, a ranking of more.
 
     Raises:
-        FieldError: fewer than two, or two alike.
+        FieldError: fewer than two, or two alike; no prompt; halves of characters.
     """
-    texts = [response.text for response in responses]
+    prompt = prompt_at(prompt)
+    texts = [encodable(response.text, f"responses[{i}]") for i, response in enumerate(responses)]
     if len(texts) < 2:
         raise FieldError("responses", f"are {len(texts)}", fix="give two responses or more to compare")
     for i, text in enumerate(texts):
@@ -139,24 +142,31 @@ def _label_of(ranking: Ranking, meta: Mapping[str, Any], fields: Fields, name: s
     if (scores := _binarised_scores(fields)) is not None:
         return Said(f"{RATED}imported", "judge", answer_of_ranks([-score for score in scores]))
     rated = RATED if meta.get("label_source") == "ratings" else ""
-    annotator = rated + name_of(fields.get("annotator") or meta.get("annotator"), f"imported {name}")[: MAX_NAME - 11]
-    if len(ranking.ranks) == 2 and ranking.margin:
-        return Said(annotator, labeler, answer_of_strength(ranking.margin * (ranking.ranks[0] - ranking.ranks[1])))
-    return Said(annotator, labeler, answer_of_ranks(ranking.ranks))
+    annotator = rated + name_of(fields.get("annotator") or meta.get("annotator"), f"{NAMELESS}{name}")[: MAX_NAME - 11]
+    # A tie is a pair of probability 1/2, though one of the two is called chosen.
+    ranks = [1, 1] if ranking.wins == [[0.5, 0.5], [0.5, 0.5]] else ranking.ranks
+    if len(ranks) == 2 and ranking.margin:
+        return Said(annotator, labeler, answer_of_strength(ranking.margin * (ranks[0] - ranks[1])))
+    return Said(annotator, labeler, answer_of_ranks(ranks))
 
 
 def _binarised_scores(fields: Fields) -> list[float] | None:
     """UltraFeedback as chosen and rejected, by the score of each (HuggingFaceH4's and argilla's columns)."""
     for chosen, rejected in (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")):
         if fields.get(chosen) is not None and fields.get(rejected) is not None:
-            return [_number(fields[chosen], chosen), _number(fields[rejected], rejected)]
+            return [number_of(fields[chosen], chosen), number_of(fields[rejected], rejected)]
     return None
 
 
-def _number(value: Any, key: str) -> float:
+def number_of(value: Any, key: str) -> float:
+    """A number, or the text of one.
+
+    Raises:
+        FieldError: it is something else, or not finite.
+    """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or isinstance(value, bool):
         raise FieldError(key, f"is {value!r:.60}, not a number", fix="correct it, or remove the row")
@@ -187,7 +197,7 @@ def _tldr(fields: Fields) -> Imported:
     item = item_of(prompt, responses)
     item.batch = str(fields.get("batch") or "")[:MAX_NAME]
     answer = answer_of_ranks([choice, 1 - choice])
-    return Imported(item, [Said(name_of(fields.get("worker"), "imported tldr"), "person", answer)])
+    return Imported(item, [Said(name_of(fields.get("worker"), f"{NAMELESS}tldr"), "person", answer)])
 
 
 def _ultrafeedback(fields: Fields) -> Imported:
@@ -196,7 +206,7 @@ def _ultrafeedback(fields: Fields) -> Imported:
         at = f"completions[{i}]"
         responses.append(Candidate(get(completion, "response", str, at), name_of(completion.get("model"), "")))
         score = completion.get("overall_score", completion.get("score"))
-        scores.append(_number(score, f"{at}.overall_score"))
+        scores.append(number_of(score, f"{at}.overall_score"))
     item = item_of(get(fields, "instruction", str), responses)
     answer = answer_of_ranks([-score for score in scores])
     return Imported(item, [Said(f"{RATED}{name_of(fields.get('annotator'), 'gpt-4')}", "judge", answer)])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_model.labeling.imports import (
+    NAMELESS,
     Imported,
     Said,
     answer_of_ranks,
@@ -24,12 +25,12 @@ from reward_model.labeling.imports import (
     get,
     item_of,
     name_of,
+    number_of,
     objects,
 )
 from reward_model.labeling.records import Answer, Candidate, Item, Judgment
 from reward_model.labeling.reliability import order_of
-from rlhf.data.fields import FieldError, Fields
-from rlhf.data.formats import RANKINGS
+from rlhf.data.fields import FieldError, Fields, prompt_at
 from rlhf.types import Prompt
 
 VERDICTS = {"tie": "tie", "both bad": "both_bad", "skip": "skip", "flag": "flag"}
@@ -163,7 +164,7 @@ def label_studio(fields: Fields) -> Imported:
         answer = Answer("skip") if annotation.get("was_cancelled") else _answer(values, ids, at)
         by = annotation.get("completed_by")
         by = by.get("email") or by.get("id") if isinstance(by, dict) else by
-        said.append(Said(name_of(by, "imported label_studio"), "person", _timed(answer, values, annotation)))
+        said.append(Said(name_of(by, f"{NAMELESS}label_studio"), "person", _timed(answer, values, annotation)))
     for i, prediction in enumerate(objects(fields.get("predictions"), "predictions")):
         at = f"predictions[{i}]"
         values = {key: value for result in get(prediction, "result", list, at) for key, value in _values(result, at)}
@@ -188,7 +189,7 @@ def _label_studio_min(fields: Fields) -> Imported:
                 values[key] = control
             elif control in ("left", "right"):
                 values["selected"] = control
-    annotator = name_of(fields.get("annotator"), "imported label_studio")
+    annotator = name_of(fields.get("annotator"), f"{NAMELESS}label_studio")
     return Imported(item, [Said(annotator, "person", _timed(_answer(values, ids, ""), values, fields))])
 
 
@@ -203,11 +204,18 @@ def _values(result: Any, at: str) -> list[tuple[str, Any]]:
         return [("ranker", value.get("ranker"))]
     if kind == "rating":
         return [(name, value.get("rating"))]
-    if kind == "choices" and value.get("choices"):
-        return [("verdict", value["choices"][0])]
-    if kind == "textarea" and value.get("text"):
-        return [(name, value["text"] if isinstance(value["text"], str) else "\n".join(value["text"]))]
+    if kind == "choices" and (choices := _texts(value.get("choices"), f"{at}.result.choices")):
+        return [("verdict", choices[0])]
+    if kind == "textarea" and (texts := _texts(value.get("text"), f"{at}.result.text")):
+        return [(name, "\n".join(texts))]
     return []
+
+
+def _texts(value: Any, key: str) -> list[str]:
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise FieldError(key, "is no text and no list of texts", fix="export the project again as JSON")
+    return texts
 
 
 def _answer(values: Mapping[str, Any], ids: Sequence[str], at: str) -> Answer:
@@ -217,7 +225,11 @@ def _answer(values: Mapping[str, Any], ids: Sequence[str], at: str) -> Answer:
     if (selected := values.get("selected")) is not None:
         if selected not in ("left", "right") or len(ids) != 2:
             raise FieldError(key, f"selects {selected!r}", fix="it must be left or right, of two")
-        strength = values.get("strength")
+        strength = number_of(values.get("strength") or 0, f"{key}.strength")
+        if strength < 0:
+            raise FieldError(
+                f"{key}.strength", f"is {strength}", fix="count from 1: the side is said by the comparison"
+            )
         right = selected == "right"
         return answer_of_strength(strength if right else -strength) if strength else answer_of_ranks([right, not right])
     verdict = VERDICTS.get(str(values.get("verdict")).replace("_", " "))
@@ -230,12 +242,12 @@ def _answer(values: Mapping[str, Any], ids: Sequence[str], at: str) -> Answer:
 
 def _ranked(ranker: Any, ids: Sequence[str], key: str) -> Answer:
     """Buckets by rank, or one list from the best to the worst."""
-    if not isinstance(ranker, dict):
+    if not isinstance(ranker, dict) or not all(isinstance(members or [], list) for members in ranker.values()):
         raise FieldError(key, "has a ranker without ranks", fix="export the project again as JSON")
     filled = {name: members for name, members in ranker.items() if members}
-    if len(filled) == 1 and not next(iter(filled)).isdigit():
+    if len(filled) == 1 and not next(iter(filled)).isdecimal():
         groups = [[member] for member in next(iter(filled.values()))]
-    elif all(name.isdigit() for name in filled):
+    elif all(name.isdecimal() for name in filled):
         groups = [filled[name] for name in sorted(filled, key=int)]
     else:
         raise FieldError(key, f"ranks into {', '.join(filled)}", fix="name the buckets 1, 2, ..., 1 the best")
@@ -265,8 +277,9 @@ def _item_of_data(data: Mapping[str, Any]) -> tuple[Item, list[str]]:
         ids = [str(entry.get("id", i)) for i, entry in enumerate(entries)]
         texts = [str(entry.get("body") or entry.get("title") or "") for entry in entries]
     else:
-        numbered = sorted((m[2], key) for key in data if (m := _NUMBERED.fullmatch(key)) and isinstance(data[key], str))
-        ids, texts = [key for _, key in numbered], [data[key] for _, key in numbered]
+        found = [(m[2], key) for key in data if (m := _NUMBERED.fullmatch(key)) and isinstance(data[key], str)]
+        ids = [key for number, key in sorted(found, key=lambda one: (len(one[0]), *one))]  # 2 before 10
+        texts = [data[key] for key in ids]
     policies = data.get("policies")
     policies = policies if isinstance(policies, list) and len(policies) == len(texts) else [""] * len(texts)
     item = item_of(_prompt_of(data), [Candidate(text, str(p)) for text, p in zip(texts, policies, strict=True)])
@@ -280,8 +293,7 @@ def _prompt_of(data: Mapping[str, Any]) -> Prompt:
     key = next((key for key in _PROMPT_KEYS if data.get(key)), None)
     if key is None:
         raise FieldError("prompt", "is missing", fix=f"name it one of {', '.join(_PROMPT_KEYS)}")
-    # Checked as every prompt is: roles, blank texts, halves of characters.
-    return RANKINGS["ranking"]({"prompt": data[key], "responses": ["a", "b"], "ranks": [1, 2]}).prompt
+    return prompt_at(data[key], key)
 
 
 # --- Argilla --------------------------------------------------------------------------------------------------
@@ -356,7 +368,7 @@ def argilla(fields: Fields) -> Imported:
     users = _json(metadata.get("annotators"), {})
     said = []
     for user, values in _by_user(fields.get("responses")).items():
-        annotator = name_of(users.get(user, user), "imported argilla")
+        annotator = name_of(users.get(user, user), f"{NAMELESS}argilla")
         said.append(Said(annotator, "person", _argilla_answer(values, ids, "responses")))
     by_agent: dict[str, dict[str, Any]] = defaultdict(dict)
     suggestions = fields.get("suggestions") or {}
@@ -406,7 +418,7 @@ def _argilla_answer(values: Mapping[str, Any], ids: Sequence[str], at: str) -> A
     """The first question whose value is a ranking, one of the responses, or a verdict."""
     extra = {key: values.get(key) for key in ("confidence", "notes")}
     ms = values.get("ms_active")
-    seconds = {"lead_time": ms / 1000 if isinstance(ms, int) else 0}
+    seconds = {"lead_time": ms / 1000 if isinstance(ms, int) and 0 <= ms < 1e9 else 0}
     for question, value in values.items():
         if isinstance(value, list) and value:
             return _timed(_argilla_ranking(value, ids, f"{at}.{question}"), extra, seconds)

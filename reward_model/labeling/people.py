@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,11 @@ def people_rollouts(
     wanted = items_of(cfg, project)
     with LabelStore.open(project) as store:
         store.add_items(wanted)
-        keys = {item.key for item in wanted}
-        items = {item.key: item for item in store.items() if item.key in keys}  # as they were when first queued
+        asked = {item.key: item for item in wanted}
+        # As first queued, with the prompt_id of these rollouts: it says which prompts are held out.
+        items = {
+            item.key: replace(item, prompt_id=asked[item.key].prompt_id) for item in store.items() if item.key in asked
+        }
         states = store.item_states()
         judgments = [found for found in store.judgments() if found.item_key in items and _counts(found)]
     given = Counter(judgment.item_key for judgment in judgments)

@@ -116,8 +116,11 @@ def _label(item: Item, wins: Wins, own: Sequence[Judgment]) -> Labeled:
     answers = Counter(tuple(order_of(j.ranks)) for j in own)
     better = 1 if wins[1][0] > 0.5 + TIE else 0
     strengths = [j.value if better else -j.value for j in own if j.value is not None]
-    # Weighted votes may contradict the strengths; a lead below 0 would ask the worse response to win.
-    margin = max(0.0, sum(strengths) / len(strengths)) if strengths else None
+    lead = sum(strengths) / len(strengths) if strengths else None
+    if lead is not None:
+        # A tie has no better side that could lead. Weighted votes may contradict the strengths; a lead below 0 would
+        # ask the worse response to win.
+        lead = 0.0 if abs(wins[1][0] - 0.5) <= TIE else max(0.0, lead)
     return Labeled(
         item=item,
         wins=wins,
@@ -125,13 +128,16 @@ def _label(item: Item, wins: Wins, own: Sequence[Judgment]) -> Labeled:
         source="ratings" if is_rating(own[0]) else "comparisons",
         annotators=len({j.annotator for j in own}),
         agreement=answers.most_common(1)[0][1] / len(own),
-        margin=margin,
+        margin=lead,
     )
 
 
 def is_held_out(prompt: Prompt, fraction: float, seed: int) -> bool:
-    """Whether a prompt is kept for testing. It depends on the prompt alone, so none changes sides as labels grow."""
-    digest = hashlib.sha256(f"{seed}/{prompt_id(prompt)}".encode()).digest()
+    """Whether a prompt is kept for testing. It depends on the prompt alone, so none changes sides as labels grow.
+
+    A text and a chat of that one user turn are the same prompt: files of several formats hold both.
+    """
+    digest = hashlib.sha256(f"{seed}/{prompt_id(as_chat(prompt))}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from judge_server import JudgeServer, letters
 
-from reward_model.labeling import ai, moderation
+from reward_model.labeling import ai, history, moderation
 from reward_model.labeling.ai import people_on
 from reward_model.labeling.export import main as export
 from reward_model.labeling.judge_votes import judge_probability, soft_share
@@ -107,6 +107,41 @@ def test_a_failure_leaves_an_item_without_any_judgment(judge_server: JudgeServer
         assert store.items()[2].key not in {j.item_key for j in stored}
         assert store.progress().done == 0  # a machine takes no place of people
     assert saved_report(cfg)["failures"] == {"refusal": 1}
+
+
+def test_where_a_judge_fails_its_answer_by_other_criteria_does_not_stand(judge_server: JudgeServer, stage: Any) -> None:
+    cfg = stage()
+    ai.main(cfg)
+    was = [(j.item_key, j.ranks) for j in judgments(cfg)]
+    judge_server.always = lambda first, second: "refusal" if first == f"2 {TEXTS[1]}" else None
+    other = stage(criteria="Shorter is better.")
+    for _ in range(2):  # the second time, nothing is new
+        ai.main(other)
+        assert [j.item_key for j in judgments(cfg) if j.decides] == [was[n][0] for n in (0, 2, 6, 8, 10) for _ in "ab"]
+        assert len(judgments(cfg, effective=False)) == 14
+    ai.main(cfg)
+    assert sorted((j.item_key, j.ranks) for j in judgments(cfg)) == sorted(was)
+
+
+def test_an_item_that_breaks_off_between_its_orders_has_none(
+    judge_server: JudgeServer, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One order alone would be exported as a label that follows the place."""
+    record = history.record_answer
+
+    def killed(session: Any, user_id: int, shown: history.Shown, *rest: Any) -> int:
+        if shown.presentation:
+            raise KeyboardInterrupt
+        return record(session, user_id, shown, *rest)
+
+    monkeypatch.setattr(ai, "record_answer", killed)
+    cfg = stage()
+    with pytest.raises(KeyboardInterrupt):
+        ai.main(cfg)
+    assert judgments(cfg) == []
+    monkeypatch.undo()
+    ai.main(cfg)
+    assert len(judgments(cfg)) == 12
 
 
 def test_a_retired_item_is_not_judged(judge_server: JudgeServer, stage: Any) -> None:

@@ -165,6 +165,8 @@ def test_wins_margin_and_agreement_by_hand() -> None:
     assert label.wins == [[0.5, 1.5 / 4], [2.5 / 4, 0.5]]
     assert label.margin == 0.0  # (-3 + 1 + 2 + 0) / 4
     assert label.agreement == 0.5
+    (label,), _ = labels([item], judgments[:2], ties="keep")
+    assert (label.tied, label.margin) == (True, 0.0)  # -3 and 1, but one vote each: neither leads
     (label,), _ = labels([item], judgments[1:], ties="keep")
     assert label.margin == pytest.approx(1.0)
     assert label.ranks == [2, 1]
@@ -272,6 +274,13 @@ def test_tokens_and_policies_of_the_buffer_stay(tmp_path: Path) -> None:
     assert asdict(ranking)["meta"]["labels"] == "people"
     item.responses[1].tokens = None
     assert ranking_of(label).tokens is None
+
+
+def test_a_text_and_the_chat_of_that_turn_are_on_one_side() -> None:
+    sides = [is_held_out(f"prompt {i}", 0.5, 0) for i in range(40)]
+    chats: list[Any] = [[{"role": "user", "content": f"prompt {i}"}] for i in range(40)]
+    assert [is_held_out(chat, 0.5, 0) for chat in chats] == sides
+    assert 8 < sum(sides) < 32
 
 
 def test_no_prompt_changes_sides_as_labels_grow() -> None:

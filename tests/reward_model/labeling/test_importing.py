@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from reward_model.labeling import export, importing
 from reward_model.labeling.importing import FORMATS, detect, gold_ranks, merge, read, reordered
 from reward_model.labeling.other_tools import WRITERS
+from reward_model.labeling.preferences import label_items
 from reward_model.labeling.records import Answer, Candidate, Item, Judgment, canonical_ranks
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
@@ -151,6 +152,15 @@ def test_label_studios_plain_ranker_and_buckets() -> None:
 # --- malformed rows -------------------------------------------------------------------------------------------
 
 
+def ranker(value: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "ranker", "from_name": "rank", "value": {"ranker": value}}
+
+
+def rated(value: Any) -> list[dict[str, Any]]:
+    strength = {"type": "rating", "from_name": "strength", "value": {"rating": value}}
+    return [{"type": "pairwise", "value": {"selected": "left"}}, strength]
+
+
 @pytest.mark.parametrize(
     ("name", "path", "value", "key"),
     [
@@ -167,6 +177,21 @@ def test_label_studios_plain_ranker_and_buckets() -> None:
         ("label_studio", ["annotations", 0, "result"], [], r"annotations\[0\].result"),
         ("argilla", ["responses", "ranking", 0, "value"], ["response-1"], "responses.ranking"),
         ("argilla", ["fields"], [], "fields"),
+        ("ultrafeedback", ["instruction"], " ", "prompt"),
+        ("ultrafeedback", ["completions", 0, "response"], "half \ud800", r"responses\[0\]"),
+        ("ultrafeedback", ["completions", 0, "overall_score"], 10**400, r"completions\[0\].overall_score"),
+        ("label_studio", ["annotations", 0, "result", 0], {"type": "choices", "value": {"choices": 5}}, r"\S*choices"),
+        ("label_studio", ["annotations", 0, "result", 0], {"type": "textarea", "value": {"text": [5]}}, r"\S*text"),
+        (
+            "label_studio",
+            ["annotations", 0, "result", 0],
+            ranker({"\u00b2": ["answer1"], "1": ["answer2"]}),
+            r"\S*result",
+        ),
+        ("label_studio", ["annotations", 0, "result", 0], ranker({"_": 5}), r"\S*result"),
+        ("label_studio", ["annotations", 0, "result"], rated([1]), r"\S*strength"),
+        ("label_studio", ["annotations", 0, "result"], rated(-2), r"\S*strength"),
+        ("label_studio", ["annotations", 0, "result"], rated(math.inf), r"\S*strength"),
         ("ranking", ["ranks"], [1, 2], "ranks"),
         ("hh", ["rejected"], "\n\nHuman: Else?\n\nAssistant: No.", "rejected"),
     ],
@@ -260,6 +285,44 @@ def test_chosen_ones_are_not_always_the_first_response() -> None:
     assert [best_of(entry)[0][1] for entry in entries] == [{f"good {i}"} for i in range(400)]
     first = sum(entry.item.responses[0].text.startswith("good") for entry in entries)
     assert abs(first - 200) < 4 * math.sqrt(100)
+
+
+def test_what_is_called_chosen_at_probability_one_half_is_a_tie() -> None:
+    """So our own export writes the ties that it keeps."""
+    row = {"prompt": "q", "chosen": "one", "rejected": "two"}
+    assert best_of(one(row | {"probability": 0.5, "margin": 0.0}))[0][1] == {"one", "two"}
+    assert one(row | {"probability": 0.5, "margin": 2.0}).said[0].answer.value == 0
+    assert best_of(one(row | {"probability": 0.6}))[0][1] == {"one"}
+
+
+def test_rows_without_a_name_are_answers_of_different_people(tmp_path: Path) -> None:
+    """Two of three rows say "two"; one person's second and third answers would not count."""
+    row = {"prompt": "q", "chosen": "one", "rejected": "two"}
+    other = row | {"chosen": "two", "rejected": "one"}
+    cfg = stage(tmp_path / "run")
+    for _ in range(2):  # the second time, nothing is new
+        importing.main(cfg, write(tmp_path / "rows.jsonl", row, other, other), with_labels=True)
+    with LabelStore.open(cfg) as store:
+        judgments = store.judgments(effective=False)
+        assert [(j.annotator, j.presentation) for j in judgments] == [
+            ("imported preference", 0),
+            ("imported preference 2", 0),
+            ("imported preference 3", 0),
+        ]
+        (label,), _ = label_items(store.items(), store.item_states(), store.judgments(), cfg.export)
+    assert label.item.responses[label.ranks.index(1)].text == "two"
+    assert sorted(label.wins[0] + label.wins[1]) == pytest.approx([1 / 3, 0.5, 0.5, 2 / 3])
+
+
+def test_twelve_responses_stay_with_their_policies() -> None:
+    """Their keys in the order of the alphabet would be 1, 10, 11, 12, 2."""
+    texts = {f"response-{i}": f"answer {i}" for i in range(1, 13)}
+    policies = json.dumps([f"policy {i}" for i in range(1, 13)])
+    ranking = [{"value": key, "rank": i} for i, key in enumerate(texts, 1)]
+    row = {"fields": {"prompt": "q", **texts}, "metadata": {"policies": policies}}
+    entry = FORMATS["argilla"](row | {"responses": {"ranking": [{"value": ranking, "user_id": "u"}]}})
+    assert [r.policy.replace("policy", "answer") for r in entry.item.responses] == list(texts.values())
+    assert entry.said[0].answer.ranks == list(range(1, 13))
 
 
 def stage(folder: Path, **export_keys: Any) -> LabelingStage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,6 @@ from rlhf.types import Rollout, StopReason
 
 ANSWERS = ("one word", "two short words", "three quite long words", "four")
 """The scripted annotator prefers long answers: 2, 1, 0, 3."""
-
-
-def by_answer(responses: list[str], values: list[Any]) -> list[Any]:
-    """`values` of the responses, in the order of `ANSWERS`."""
-    return [values[responses.index(text)] for text in ANSWERS]
 
 
 def rollout(prompt: int, text: str) -> Rollout:
@@ -109,12 +105,12 @@ def test_rankings_say_what_was_clicked_and_keep_the_sampled_tokens(stage: Any) -
     annotate(cfg, "ann")
     result = label(cfg)
     for ranking in [*result.train, *result.heldout]:
-        assert by_answer(ranking.responses, ranking.ranks) == [3, 2, 1, 4]
+        order = [ANSWERS.index(text) for text in ranking.responses]
+        assert sorted(order) == [0, 1, 2, 3]
+        assert ranking.ranks == [(3, 2, 1, 4)[i] for i in order]
         assert ranking.wins is not None
-        assert ranking.tokens is not None
-        best = by_answer(ranking.responses, ranking.wins)[2]
-        assert by_answer(ranking.responses, best) == [1.0, 1.0, 0.5, 1.0]
-        assert by_answer(ranking.responses, ranking.tokens) == [[7, *range(len(text.split()))] for text in ANSWERS]
+        assert ranking.wins[order.index(2)] == [0.5 if i == 2 else 1.0 for i in order]
+        assert ranking.tokens == [[7, *range(len(text.split()))] for text in ranking.responses]
         assert ranking.meta["labels"] == "people"
 
 
@@ -185,6 +181,20 @@ def test_two_rounds_share_a_project_and_what_both_have_is_asked_once(stage: Any)
     assert {r.prompt_id for r in [*result.train, *result.heldout]} == {f"id{n}" for n in range(4, 9)}
 
 
+def test_a_held_out_prompt_stays_so_where_its_item_was_there_under_another_name(stage: Any, tmp_path: Path) -> None:
+    """As an import names its prompts by their text: trained on, it would be what the reward model is tested on."""
+    held = stage(prompts=range(6, 8), name="held")
+    cfg = stage(queue={"kind": "ranking"}).model_copy(update={"heldout_rollouts": held.rollouts})
+    with LabelStore.open(config.load(cfg.project, "labeling", [])) as store:
+        known = people.items_of(cfg, config.load(cfg.project, "labeling", []))
+        store.add_items(replace(item, prompt_id=f"other {item.prompt_id}") for item in known)
+    heldout = RolloutBuffer.from_parquet(held.rollouts).rollouts
+    annotate(cfg, "ann")
+    result = people.people_rollouts(RolloutBuffer.from_parquet(cfg.rollouts).rollouts, cfg, heldout)
+    assert {ranking.prompt_id for ranking in result.heldout} == {"id6", "id7"}
+    assert {ranking.prompt_id for ranking in result.train} == {f"id{n}" for n in range(6)}
+
+
 def test_the_command_ends_calmly_with_a_code_of_its_own_and_then_writes_rankings(stage: Any, tmp_path: Path) -> None:
     cfg = stage(queue={"kind": "ranking"})
     file = str(tmp_path / "label.yaml")
@@ -200,12 +210,13 @@ def test_the_command_ends_calmly_with_a_code_of_its_own_and_then_writes_rankings
     done = CliRunner().invoke(app, ["label", file])
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in (tmp_path / "label" / "rankings.train.jsonl").read_text().splitlines()]
-    assert all(by_answer(row["responses"], row["ranks"]) == [3, 2, 1, 4] for row in rows)
+    assert all(row["ranks"] == [(3, 2, 1, 4)[ANSWERS.index(text)] for text in row["responses"]] for row in rows)
     assert "given by people" in (tmp_path / "label" / "README.txt").read_text()
     lines = [json.loads(line) for line in (tmp_path / "label" / "judgments.jsonl").read_text().splitlines()]
     assert len(lines) == 6
-    # Responses are numbered by a hash: by number each rank is as good as any other.
     assert all(sorted(line["ranks_by_response"]) == [1, 2, 3, 4] and line["annotator"] == "ann" for line in lines)
+    said = {line["prompt_id"]: line["ranks_by_response"] for line in lines}
+    assert all(row["ranks"] == said[row["prompt_id"]] for row in rows)
 
 
 def test_people_need_a_project_and_a_project_people() -> None:

@@ -7,9 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from reward_model import train
 from reward_model.labeling import queue
 from reward_model.labeling.queue import Pool, choose_items, doubts, interleave, read_pools
 from reward_model.labeling.records import Candidate
@@ -17,6 +19,7 @@ from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
 from rlhf.errors import ConfigError, DataError
 from rlhf.rollout.buffer import RolloutBuffer
+from rlhf.runs import RunOptions
 from rlhf.types import Rollout, StopReason
 
 
@@ -207,3 +210,42 @@ def test_reward_models_score_the_tokens_that_were_sampled(tmp_path: Path, tiny: 
     far, _ = read_pools([str(tmp_path / "far.parquet")])
     with pytest.raises(DataError, match="does not know"):
         queue.score([tiny.reward], far, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["heads", "adapters"])
+def test_an_ensembles_members_choose_what_they_disagree_on(
+    tmp_path: Path, tiny: Any, stage_config: Any, jsonl: Any, kind: str
+) -> None:
+    """The folder that `rlhf reward` wrote; disagreements from the members' scores, by numpy."""
+    words = ["sun", "moon", "sea", "sky", "blue"]
+    rows = [{"prompt": f"explain {w}", "chosen": f"the {w} is hot", "rejected": f"{w} and {w}"} for w in words]
+    tuning = {} if kind == "heads" else {"tuning": {"kind": "lora", "rank": 4}}
+    keys = {"dataset": {"path": jsonl("pairs.jsonl", rows)}, "heldout_fraction": 0.2, "epochs": 1, **tuning}
+    ensemble = {"members": 3, "kind": kind}
+    folder = train.main(stage_config("reward", **keys, ensemble=ensemble), RunOptions()).outputs["reward_model"]
+    ids = tiny.tokenizer.convert_tokens_to_ids
+    sampled = [rollout(f"q{i}", word, tokens=[7, i + 5, ids(word)]) for i in range(6) for word in words]
+    RolloutBuffer(sampled).to_parquet(tmp_path / "s.parquet")
+    keys = {"rollouts": [str(tmp_path / "s.parquet")], "reward_models": [folder], "random_fraction": 1 / 3}
+    cfg = LabelingStage.model_validate({"run_dir": str(tmp_path / "run"), "queue": keys})
+    assert queue.main(cfg).summary["active"] == 4
+    given, _ = read_pools(cfg.queue.rollouts)
+    scores_MN = queue.score([folder], given, seed=0)
+    assert scores_MN.shape == (3, 30)
+    doubt = {}
+    for pool, scores_MK in zip(given, scores_MN.double().numpy().reshape(3, 6, 5).swapaxes(0, 1), strict=True):
+        p_MKK = 1 / (1 + np.exp(scores_MK[:, None, :] - scores_MK[:, :, None]))
+        of = {response.text: k for k, response in enumerate(pool.responses)}
+        doubt[str(pool.prompt)] = (of, p_MKK.std(0))
+    with LabelStore.open(cfg) as store:
+        items = store.items()
+    blind = {str(item.prompt) for item in items if item.meta["sampling"] == "random"}
+    most = {prompt: table.max() for prompt, (_, table) in doubt.items() if prompt not in blind}
+    active = [item for item in items if item.meta["sampling"] == "active"]
+    assert {str(item.prompt) for item in active} == set(sorted(most, key=lambda prompt: -most[prompt])[:4])
+    for item in active:
+        of, table = doubt[str(item.prompt)]
+        own = table[of[item.responses[0].text], of[item.responses[1].text]]
+        assert own == pytest.approx(most[str(item.prompt)], abs=1e-6)
+        assert item.meta["disagreement"] == pytest.approx(own, abs=2e-6)
+        assert own > 0
