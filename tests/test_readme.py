@@ -68,10 +68,10 @@ def test_every_rlhf_command_names_a_stage_and_a_configuration(document: str) -> 
         if (stage, *rest[:1]) in WITHOUT_CONFIGURATION:
             continue
         assert stage in COMMANDS, f"{document}: rlhf {' '.join(arguments)}"
+        if stage == "label" and rest[:1] and rest[0] in TOOLS:
+            stage, rest = "labeling", [word for word in rest[1:] if word != "FILE"]
         if not rest or rest[0] in ("...", "CONFIG"):
             continue
-        if stage == "label" and rest[0] in TOOLS:
-            stage, rest = "labeling", [word for word in rest[1:] if word != "FILE"]
         name, *overrides = [word for word in rest if word not in ("auto", "never")]
         if name.startswith("runs/"):  # a file that the pipeline writes: <run>/<stage>/<stage>.yaml, the report on top
             assert Path(name).name == f"{stage}.yaml", name
