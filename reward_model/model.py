@@ -91,6 +91,11 @@ class RewardModel:
         return 1 if isinstance(self._model, ScalarModel) else self._model.passes
 
     @property
+    def mean(self) -> float:
+        """Raw score, of an ensemble the members' mean, that is 0 after normalisation."""
+        return float(self._model.mean if isinstance(self._model, ScalarModel) else self._model.means_M.mean())
+
+    @property
     def std(self) -> float:
         """Units of the raw score, the log odds of training, per unit of the normalised one."""
         return float(self._model.std)

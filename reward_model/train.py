@@ -82,7 +82,7 @@ def main(cfg: RewardStage, options: RunOptions) -> RunResult:
         classifier = end_training(model, handle, runtime.dtype)
         scorer = RewardModel(model, runtime, micro_batch_size=2 * cfg.micro_batch_size)
         normalisation = normalise(scorer, model, train, cfg, tokenizer, progress)
-        measured = measure(scorer, heldout, Units(normalisation["mean"], normalisation["std"], scale), progress)
+        measured = measure(scorer, heldout, Units(scorer.mean, scorer.std, scale), progress)
         summary = {**measured.summary, **normalisation, "train_items": len(train)}
         tracker.summary(summary)
     final = Path(cfg.run_dir) / "final"

@@ -228,6 +228,8 @@ class RewardStage(StageConfig):
             raise ValueError(
                 "tuning.dropout must be 0 in reward training: scores must not depend on chance; set it to 0"
             )
+        if self.loss == "pointwise" and self.centering:
+            raise ValueError("centering is for comparisons, ratings have a centre of their own; set it to 0")
         if self.ensemble is not None and self.ensemble.kind == "adapters" and self.tuning.kind != "lora":
             raise ValueError("ensemble.kind: adapters needs tuning.kind: lora; set it, or ensemble.kind: heads")
         return self

@@ -232,7 +232,7 @@ class _Parser:
         if self.format == "rollouts":
             fix = "rank the rollouts first: run the stage `label` on this file and use its rankings"
         elif self.format in RATINGS and self._wanted == "preferences":
-            fix = "set `loss: pointwise`, which learns from ratings; the other losses learn from comparisons"
+            fix = "give comparisons; ratings are for training alone, with `loss: pointwise`"
         elif self.format in RANKINGS and self._wanted == "ratings":
             fix = "set another loss: `pointwise` learns from ratings, all others from comparisons"
         raise DataError(f"{row.where}: no {self._wanted} can be read from rows of format {self.format!r}", fix=fix)

@@ -30,10 +30,10 @@ def round_rows(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def gold_chart(rows: list[dict[str, Any]]) -> Markup:
-    """Gold score against KL, one point per row; empty without rows."""
-    points = sorted((row["kl"], row["gold_score"]) for row in rows if None not in (row["kl"], row["gold_score"]))
+    """Gold score against KL, a dot per row, joined in the order of the rounds; empty without rows."""
+    points = [(row["kl"], row["gold_score"]) for row in rows if None not in (row["kl"], row["gold_score"])]
     series = charts.Series("gold score", points)
-    return charts.line_chart([series], title="Gold score by KL", unit="", x_unit="KL to the reference, nats per answer")
+    return charts.point_chart([series], title="Gold score by KL", x_unit="KL to the reference, nats per answer")
 
 
 def _policy(run: RunFiles, name: str) -> dict[str, float | None]:

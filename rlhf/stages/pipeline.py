@@ -146,6 +146,8 @@ def check(cfg: PipelineStage) -> dict[str, Any]:
         try:
             _refuse_taken(cfg, name, source)
             checked[name] = validate(block, stage, source=source)
+            if stage == "ppo":
+                _refuse_aggregate(checked[name], checked.get(name.removesuffix("ppo") + "reward"), source)
         except ConfigError as error:
             wrong[stage] = error.message
     if wrong:
@@ -176,6 +178,18 @@ def _refuse_taken(cfg: PipelineStage, name: str, source: str) -> None:
     taken = [key for key in WIRED.get(stage, ()) if key in given]
     if taken and cfg.rounds > 1:
         raise ConfigError(f"{source}: {taken[0]} leads from round to round, so with rounds > 1 it must not be set")
+
+
+def _refuse_aggregate(ppo: Any, reward: Any, source: str) -> None:
+    """Now, and not when all before PPO has run.
+
+    Raises:
+        ConfigError: an aggregate of several models for the single one that the pipeline trains.
+    """
+    given = [key for key in ("reward_aggregate", "reward_std_coef") if getattr(ppo, key) is not None]
+    is_ours = reward is not None and ppo.reward_model == str(Path(reward.run_dir) / "final")
+    if given and is_ours and reward.ensemble is None:
+        raise ConfigError(f"{source}: {given[0]} is for an ensemble; set reward.ensemble, or remove it")
 
 
 def identify(name: str, stage_cfg: Any, cfg: PipelineStage, *, upstream: str, upstream_done: bool) -> Planned:

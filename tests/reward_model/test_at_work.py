@@ -120,6 +120,13 @@ def test_long_rows_are_cut_as_in_training_and_counted(foreign: str, pairs: str, 
         run_eval(foreign, pairs, tmp_path=tmp_path, max_length=10, truncation="error")
 
 
+def test_ratings_are_refused_with_words_that_fit(foreign: str, jsonl: Any, tmp_path: Path) -> None:
+    ratings = jsonl("ratings.jsonl", [{"prompt": "why", "response": GOOD, "rating": 4}])
+    with pytest.raises(DataError, match="no preferences can be read from rows of format 'rating'") as caught:
+        run_eval(foreign, ratings, tmp_path=tmp_path)
+    assert "give comparisons" in caught.value.fix, "there is no loss to set"
+
+
 def test_a_language_model_and_an_aggregate_of_one_are_refused(
     tiny: Any, foreign: str, pairs: str, tmp_path: Path
 ) -> None:

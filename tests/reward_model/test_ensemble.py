@@ -28,6 +28,7 @@ from reward_model.ensemble import (
 )
 from reward_model.model import RewardModel, load_model
 from reward_model.train import ensemble_loss
+from rlhf.data.templates import prompt_tokens, response_tokens
 from rlhf.errors import ConfigError, ModelError
 from rlhf.models.tuning import lora_layers
 from rlhf.models.value import load_scalar_model
@@ -167,6 +168,32 @@ def test_every_member_has_mean_0_where_the_model_has_and_all_have_one_unit(
     summary = result.summary
     assert summary["disagreement"] > 0
     assert len(summary["member_accuracies"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["heads", "adapters"])
+def test_ratings_are_guessed_by_the_mean_of_the_members(
+    config: Any, jsonl: Any, tiny: Any, runtime: Any, kind: str
+) -> None:
+    """A member's 0 is elsewhere than another's; the guess is mean + std of the ratings times the members' mean raw
+    score."""
+    rows = [
+        {"prompt": f"explain {word}", "response": f"the {word} is hot", "rating": i} for i, word in enumerate(WORDS)
+    ]
+    data = {"path": jsonl("ratings.jsonl", rows)}
+    cfg = config(kind, loss="pointwise", dataset=data, eval_dataset=data, epochs=1)
+    result = train.main(cfg, RunOptions())
+    model: Any = load_model(result.outputs["reward_model"], runtime)
+    tokens = [
+        prompt_tokens(tiny.tokenizer, row["prompt"], chat=True)
+        + response_tokens(tiny.tokenizer, row["response"], finished=True)
+        for row in rows
+    ]
+    scores_MN = RewardModel(model, runtime).score_members(tokens)
+    raw_N = (scores_MN * model.std + model.means_M[:, None]).mean(0).tolist()
+    ratings = list(range(len(rows)))
+    guesses = [fmean(ratings) + pstdev(ratings) * raw for raw in raw_N]
+    expected = fmean((guess - rating) ** 2 for guess, rating in zip(guesses, ratings, strict=True))
+    assert result.summary["rating_mse"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_lora_leaves_the_ensemble_beside_the_adapter_too(left: tuple[str, Any], tiny: Any, runtime: Any) -> None:

@@ -17,7 +17,7 @@ from reward_model.finish import drawn_responses
 from reward_model.model import RewardModel
 from reward_model.train import forward, obeys_masks, outcomes_of, packed_length, ranking_loss, right_pairs
 from rlhf.data.templates import prompt_tokens, response_tokens
-from rlhf.errors import DataError
+from rlhf.errors import ConfigError, DataError
 from rlhf.models import value
 from rlhf.models.value import load_scalar_model
 from rlhf.runs import RunOptions
@@ -92,6 +92,11 @@ def test_one_rating_per_prompt_leaves_no_pair_to_order(config: Any, jsonl: Any) 
     assert "accuracy" not in result.summary
     assert "rating_mse" in result.summary
     assert "No pair can be compared" in (Path(result.run_dir) / "reward_report.html").read_text()
+
+
+def test_ratings_are_not_centred_silently(config: Any, ratings: str) -> None:
+    with pytest.raises(ConfigError, match="centering is for comparisons"):
+        config(loss="pointwise", dataset={"path": ratings}, centering=0.1)
 
 
 def test_equal_ratings_teach_nothing(config: Any, jsonl: Any) -> None:

@@ -13,6 +13,7 @@ from rlhf.errors import DataError
 from rlhf.eval import charts
 from rlhf.eval.health import health_notes
 from rlhf.eval.report import MAX_PROMPTS, build_summary, clean, inline_code, render_report
+from rlhf.eval.rounds import gold_chart
 from rlhf.eval.run_files import read_metrics, read_run
 from rlhf.stages.report import main
 
@@ -484,3 +485,13 @@ def test_chart_keeps_the_last_point_escapes_and_skips_the_empty():
 def test_clean_and_inline_code():
     assert clean("a\x00b\r\nc\td\u202e") == "a\ufffdb\nc\td\ufffd"
     assert inline_code("set `a<b` & go") == "set <code>a&lt;b</code> &amp; go"
+
+
+def test_every_round_is_a_dot_in_their_order() -> None:
+    """SFT, round 1, round 2, with less KL in the last: the path goes back."""
+    rows = [{"kl": kl, "gold_score": gold} for kl, gold in ((0.0, 1.0), (4.0, 3.0), (2.0, 2.0), (None, 2.0))]
+    chart = gold_chart(rows)
+    across = [float(x) for x in re.findall(r'<circle class="mark[^"]*" cx="([\d.]+)"', chart)]
+    assert len(across) == 3
+    assert across[0] < across[2] < across[1]
+    assert gold_chart([]) == ""

@@ -240,6 +240,18 @@ def test_a_bad_block_is_named_before_anything_runs(file: Path, stages_run: list[
     assert stages_run == []
 
 
+@pytest.mark.parametrize("key", ["reward_aggregate=min", "reward_std_coef=2"])
+def test_an_aggregate_needs_an_ensemble_before_anything_runs(
+    pipeline_file: Any, tmp_path: Path, stages_run: list[str], key: str
+) -> None:
+    file = pipeline_file(tmp_path)
+    with pytest.raises(ConfigError, match=r"block 'ppo' of the pipeline: reward_.* is for an ensemble"):
+        run(file, f"ppo.{key}")
+    assert stages_run == []
+    for other in ("reward.ensemble.members=2", "ppo.reward_model=elsewhere"):
+        pipeline.check(config.load(file, "pipeline", [f"ppo.{key}", other]))
+
+
 def test_labels_without_held_out_rankings_need_another_test_set(file: Path, stages_run: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"label\.heldout_fraction is 0") as caught:
         run(file, "label.heldout_fraction=0", "seed=9")
