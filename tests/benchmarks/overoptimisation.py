@@ -25,7 +25,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
@@ -108,75 +108,64 @@ def main() -> None:
     fits = {
         way: {n: {k: asdict(f) for k, (_, f) in p.items()} for n, p in sizes.items()} for way, sizes in curves.items()
     }
-    save("overoptimisation", {**setting, "fits": fits, "ppo": peaks(found), "runs": found}, [])
-    print(tables(curves, peaks(found)))
+    save("overoptimisation", {**setting, "fits": fits, "runs": found}, [])
+    print(tables(found))
 
 
 # --- all seeds --------------------------------------------------------------------------------------------------
 
 
 def best_of_n_curves(found: Sequence[Report], size: str) -> Panel:
-    """Rule -> mean over the seeds, and its fit."""
+    """Rule -> mean over the worlds, and its fit."""
     curves = {rule: best_curve([r["sizes"][size]["best_of_n"][rule] for r in found]) for rule in RULES}
     return {rule: (points, fit("bon", points)) for rule, points in curves.items()}
 
 
-def ppo_curves(found: Sequence[Report], size: str) -> Panel:
-    """Rule -> every step of every seed, and their fit."""
-    curves = {rule: [p for run in ppo_runs(found, size, rule) for p in run] for rule in RULES}
-    return {rule: (points, fit("rl", points)) for rule, points in curves.items()}
-
-
-def ppo_runs(found: Sequence[Report], size: str, rule: str) -> list[Points]:
-    """One curve per seed; gains are over the mean of the unoptimised policy's answers (best of 1)."""
-    starts = [r["sizes"][size]["best_of_n"][rule][0][2] for r in found]
-    return [ppo_points(r["sizes"][size]["ppo"][rule], start) for r, start in zip(found, starts, strict=True)]
-
-
-WAYS = {"best of n": best_of_n_curves, "PPO": ppo_curves}
+def ppo_curves(report: Report, size: str) -> Panel:
+    """Rule -> every step in one world, and their fit. Worlds differ too much in gold's range for a common one."""
+    curves = {}
+    for rule in RULES:
+        start = report["sizes"][size]["best_of_n"][rule][0][2]  # the best of one is the unoptimised policy
+        points = ppo_points(report["sizes"][size]["ppo"][rule], start)
+        curves[rule] = points, fit("rl", points)
+    return curves
 
 
 def all_curves(found: Sequence[Report]) -> dict[str, dict[str, Panel]]:
-    """By way of optimising and size."""
-    return {way: {str(size): of(found, str(size)) for size in SIZES} for way, of in WAYS.items()}
+    """By way of optimising, and world, and by size."""
+    curves = {"best of n": {size: best_of_n_curves(found, size) for size in map(str, SIZES)}}
+    for report in found:
+        name = f"PPO, world {report['seed']}"
+        curves[name] = {size: ppo_curves(report, size) for size in map(str, SIZES)}
+    return curves
 
 
-def peaks(found: Sequence[Report]) -> Report:
-    """Of PPO by size and rule, over the seeds: KL and gold at the peak, gold at the end and at three distances."""
-    report: Report = {}
+def tables(found: Sequence[Report]) -> str:
+    """Two tables in Markdown: best-of-n over all worlds; PPO in each, as mean (least to most)."""
+    lines = ["| pairs | best of n by | alpha | beta | R^2 | gold at n = 1,024 |", "|---" * 6 + "|"]
     for size in map(str, SIZES):
+        for rule, (points, f) in best_of_n_curves(found, size).items():
+            lines.append(f"| {size} | {rule} | {f.alpha:.2f} | {f.beta:.3f} | {f.r2:.3f} | {points[-1][1]:.2f} |")
+    columns = ("R^2", "d at the peak", "gold there", "gold at d = 2", "gold at d = 4", "gold at the end")
+    lines += ["", f"| pairs | PPO against | {' | '.join(columns)} |", "|---" * 8 + "|"]
+    for size in map(str, SIZES):
+        panels = [ppo_curves(report, size) for report in found]
         for rule in RULES:
-            runs = ppo_runs(found, size, rule)
-            d, gain, end = zip(*(peak_of(run) for run in runs), strict=True)
-            distances = {f"gain at d = {x}": [gain_at(run, x) for run in runs] for x in (2, 3, 4, 5)}
-            report.setdefault(size, {})[rule] = {"peak d": d, "gain at peak": gain, "gain at end": end, **distances}
-    return report
-
-
-def tables(curves: Mapping[str, Mapping[str, Panel]], ppo_peaks: Report) -> str:
-    """Two tables in Markdown: the fits, and where PPO's gold peaks and ends (means over the seeds)."""
-    lines = [
-        "| way | pairs | optimised against | alpha | beta | R^2 | peak d of the fit |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for way, sizes in curves.items():
-        for size, panel in sizes.items():
-            for rule, (points, f) in panel.items():
-                furthest = max(x for x, _ in points)
-                peak = "none" if f.peak is None else f"{f.peak:.2f}" if f.peak <= furthest else f"beyond {furthest:.1f}"
-                lines.append(f"| {way} | {size} | {rule} | {f.alpha:.3f} | {f.beta:.3f} | {f.r2:.3f} | {peak} |")
-    lines += [
-        "",
-        "| pairs | optimised against | KL at the peak | gold there | gold at d = 4 | at the end |",
-        "|---" * 6 + "|",
-    ]
-    for size, rules in ppo_peaks.items():
-        for rule, p in rules.items():
-            far = [x for x in p["gain at d = 4"] if x is not None]
-            cells = [[x * x for x in p["peak d"]], p["gain at peak"], far, p["gain at end"]]
-            shown = [f"{statistics.fmean(c):.2f} ({min(c):.2f} to {max(c):.2f})" if c else "not reached" for c in cells]
-            lines.append(f"| {size} | {rule} | {' | '.join(shown)} |")
+            runs = [panel[rule] for panel in panels]
+            peaks = zip(*(peak_of(points) for points, _ in runs), strict=True)
+            d, there, end = (list(column) for column in peaks)
+            near, far = ([gain_at(points, x) for points, _ in runs] for x in (2, 4))
+            cells = map(spread, ([f.r2 for _, f in runs], d, there, near, far, end))
+            lines.append(f"| {size} | {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """mean (least to most) over the worlds that got there."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "not reached"
+    return f"{statistics.fmean(known):.2f} ({min(known):.2f} to {max(known):.2f})"
 
 
 # --- one seed ---------------------------------------------------------------------------------------------------
