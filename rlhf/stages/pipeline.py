@@ -187,8 +187,9 @@ def _refuse_aggregate(ppo: Any, reward: Any, source: str) -> None:
         ConfigError: an aggregate of several models for the single one that the pipeline trains.
     """
     given = [key for key in ("reward_aggregate", "reward_std_coef") if getattr(ppo, key) is not None]
-    is_ours = reward is not None and ppo.reward_model == str(Path(reward.run_dir) / "final")
-    if given and is_ours and reward.ensemble is None:
+    if reward is None or ppo.reward_model != str(Path(reward.run_dir) / "final"):
+        return
+    if given and reward.ensemble is None:
         raise ConfigError(f"{source}: {given[0]} is for an ensemble; set reward.ensemble, or remove it")
 
 
