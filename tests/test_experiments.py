@@ -54,6 +54,8 @@ def test_ensembles_by_hand(load: Any) -> None:
         "mean": [2, 4],
         "min": [1, 4],
         "mean - std": [pytest.approx(2 - math.sqrt(2)), 4],
+        "mean - 4 std": [pytest.approx(2 - 4 * math.sqrt(2)), 4],
+        "mean - 10 std": [pytest.approx(2 - 10 * math.sqrt(2)), 4],
     }
 
 

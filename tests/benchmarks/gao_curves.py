@@ -20,7 +20,8 @@ text { fill: #6f6b64; font-size: 11px; } .title { fill: #1d1c1a; font-size: 13px
 .grid { stroke: #e4e1da; } .fit { fill: none; stroke: currentColor; stroke-width: 1.8; }
 circle { fill: currentColor; fill-opacity: .3; }
 .tone1 { color: #0b7a6b; } .tone2 { color: #b4530a; } .tone3 { color: #5b4bb7; } .tone4 { color: #a8326b; }
-text.tone1, text.tone2, text.tone3, text.tone4 { fill: currentColor; font-weight: 600; }
+.tone5 { color: #2f6fb0; } .tone6 { color: #1d1c1a; }
+text[class] { fill: currentColor; font-weight: 600; } text.title { fill: #1d1c1a; }
 """
 PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP, BOTTOM = 300, 220, 40, 26, 34
 

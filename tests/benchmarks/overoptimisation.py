@@ -6,7 +6,7 @@
 In the world of `gold_world.py` reward models are trained on 200, 800 and 3,200 noisy pairs (`rlhf reward`), and the
 policy is optimised against them, by best-of-n and by PPO without a KL penalty (`rlhf ppo`). What it is optimised
 against is one reward model, or four trained on the same pairs from different weights: their mean, their minimum, or
-their mean less one standard deviation (Coste et al. 2023, arXiv:2310.02743).
+their mean less one, four or ten standard deviations (Coste et al. 2023, arXiv:2310.02743).
 
     best-of-n  R(d) = d (alpha - beta d)           KL = log n - (n - 1) / n
     PPO        R(d) = d (alpha - beta log d)       KL as measured in every step
@@ -66,6 +66,8 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda scores_MB: scores_MB.mean(0),
     "min": lambda scores_MB: scores_MB.amin(0),
     "mean - std": lambda scores_MB: scores_MB.mean(0) - scores_MB.std(0),
+    "mean - 4 std": lambda scores_MB: scores_MB.mean(0) - 4 * scores_MB.std(0),
+    "mean - 10 std": lambda scores_MB: scores_MB.mean(0) - 10 * scores_MB.std(0),
 }
 
 
