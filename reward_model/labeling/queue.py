@@ -166,8 +166,11 @@ def blind_order(pools: Sequence[Pool], queue: QueueConfig, per_prompt: int, seed
 
 
 def _draw(seed: int, *parts: Any) -> bytes:
-    """A place in a random order that depends on nothing but the seed and the name."""
-    return hashlib.sha256("/".join(map(str, (seed, *parts))).encode()).digest()
+    """A place in a random order that depends on nothing but the seed and the name.
+
+    Not the order that decides what is held out, or the beginning of the queue would be the held-out side.
+    """
+    return hashlib.sha256("/".join(map(str, ("queue", seed, *parts))).encode()).digest()
 
 
 def most_valued(options: Sequence[Option], taken: Sequence[Option], n: int, per_prompt: int) -> list[Option]:

@@ -13,10 +13,13 @@ import torch
 
 from reward_model import train
 from reward_model.labeling import queue
+from reward_model.labeling.preferences import is_held_out
 from reward_model.labeling.queue import Pool, choose_items, doubts, interleave, read_pools
 from reward_model.labeling.records import Candidate
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
+from rlhf.data.fields import as_chat
+from rlhf.data.records import prompt_id
 from rlhf.errors import ConfigError, DataError
 from rlhf.rollout.buffer import RolloutBuffer
 from rlhf.runs import RunOptions
@@ -77,6 +80,17 @@ def test_without_models_pairs_are_drawn_blindly_and_every_prompt_comes_first_onc
     assert [item.key for item in again] == [item.key for item in items]
     other = choose_items(pools(20, 4), stage(pairs_per_prompt=2).model_copy(update={"seed": 1}))
     assert [item.key for item in other] != [item.key for item in items]
+
+
+def test_the_beginning_of_the_queue_is_not_the_held_out_side() -> None:
+    """One hash for both would have all first answers kept for testing, and none left to train on."""
+    everyone = [
+        Pool(f"p{i}", prompt_id(as_chat(f"p{i}")), [Candidate(f"answer {i} {k}") for k in (0, 1)]) for i in range(200)
+    ]
+    ordered = sorted(choose_items(everyone, stage()), key=lambda item: -item.priority)
+    held_out = [is_held_out(item.prompt, 0.1, seed=0) for item in ordered]
+    assert 10 <= sum(held_out) <= 30
+    assert sum(held_out[:20]) <= 6  # 2 to be expected
 
 
 def test_every_pair_of_a_prompt_is_drawn_equally_often() -> None:
