@@ -140,12 +140,14 @@ class Judge:
         phase = progress.phase("judge", total=total, unit="comparisons")
         for batch, controls in zip(parts, mixed_in, strict=True):
             known = [Contest(control.prompt, (control.real, control.bad)) for control in controls]
-            judged = self._judge([*batch, *known], lambda n: phase.advance(n, failed=self.failures.total()))
-            answers = zip(controls, judged[len(batch) :], strict=True)
-            self.work.controls += [(control, one.pairs[0, 1]) for control, one in answers if not one.unasked]
+            # Controls come first: where the budget ends within the batch, its labels were controlled all the same.
+            answers = self._judge([*known, *batch], lambda n: phase.advance(n, failed=self.failures.total()))
+            of_controls, judged = answers[: len(known)], answers[len(known) :]
+            pairs = zip(controls, of_controls, strict=True)
+            self.work.controls += [(control, one.pairs[0, 1]) for control, one in pairs if not one.unasked]
             self._check_controls()
-            self.work.judged += judged[: len(batch)]
-            yield judged[: len(batch)]
+            self.work.judged += judged
+            yield judged
             if self.ledger.exhausted:
                 return
 

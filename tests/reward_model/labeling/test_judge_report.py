@@ -55,6 +55,16 @@ def test_an_alarm_stops_before_the_batch_is_given_out(judge_server: JudgeServer,
     assert judge.work.judged == []
 
 
+def test_a_budget_that_ends_within_a_batch_leaves_no_label_uncontrolled(
+    judge_server: JudgeServer, open_judge: Any
+) -> None:
+    judge_server.judge = lambda first, second: "A"
+    judge = open_judge(budget={"max_requests": 10}, controls={"per_batch": 3}, endpoint={"parallel": 1})
+    with pytest.raises(JudgeError, match="in 3 of 3 controls"):
+        run(judge, contests(20))
+    assert judge.work.judged == []
+
+
 def test_a_sound_judge_raises_no_alarm(judge_server: JudgeServer, open_judge: Any) -> None:
     judge = open_judge(batch_size=4, controls={"per_batch": 3})
     assert labels(run(judge, contests(20))) == [{(0, 1): 0.0}] * 20
