@@ -65,8 +65,9 @@ def task(site: SiteOf, visitor: Annotator) -> JSONResponse:
 @router.post("/judgments")
 def judge(site: SiteOf, visitor: Annotator, body: Submission) -> JSONResponse:
     """Store an answer, then hand out the next item; only now the policies' names are told."""
-    receipt = site.store.submit(visitor.user_id, body.assignment_id, body.answer(), body.submission_id)
-    following = None if receipt.paused else site.store.next_task(visitor.user_id)
+    receipt, following = site.store.submit_and_next(
+        visitor.user_id, body.assignment_id, body.answer(), body.submission_id
+    )
     stored = {"judgment_id": receipt.judgment_id, "repeated": receipt.repeated, "policies": receipt.policies}
     return JSONResponse(stored | _state(site, visitor.user_id, following))
 

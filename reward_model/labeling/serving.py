@@ -1,8 +1,9 @@
 """Which item an annotator gets next, in which order, and for how long.
 
-Rows are locked in one sequence everywhere: the user, then the assignment, then the item. Two requests of one
-annotator wait for each other, and two annotators never take an item's last place: on SQLite there is one writer at a
-time; on PostgreSQL whoever looks for an item passes over those that others hold locked.
+Rows are locked in one sequence everywhere: the user, then the assignment, then the item; who has an item locked
+already waits for no other. Two requests of one annotator wait for each other, and two annotators never take an item's
+last place: on SQLite there is one writer at a time; on PostgreSQL whoever looks for an item passes over those that
+others hold locked.
 """
 
 from __future__ import annotations
@@ -115,8 +116,11 @@ def free_expired(session: Session, now_ms: int) -> None:
         free_place(assignment, item)
 
 
-def lease_next(session: Session, cfg: LabelingStage, user_id: int, now_ms: int) -> Task | None:
-    """An unfinished lease of this user, else a repeat that is due, a gold question that is due, or the next item."""
+def lease_next(session: Session, cfg: LabelingStage, user_id: int, now_ms: int, *, wait: bool = True) -> Task | None:
+    """An unfinished lease of this user, else a repeat that is due, a gold question that is due, or the next item.
+
+    Without `wait` also None if it would have to be waited for another request.
+    """
     user = locked_user(session, user_id)
     if user.paused or not user.active:
         return None
@@ -127,8 +131,10 @@ def lease_next(session: Session, cfg: LabelingStage, user_id: int, now_ms: int) 
         assignment = session.scalar(_DUE_REPEAT, due, execution_options=_FRESH)
         if assignment is None:
             if gold_is_due(user.served, cfg.gold.fraction, cfg.seed, user.id):
-                item = _next_item(session, user, gold=True)
-            item = item or _next_item(session, user, gold=False)
+                item = _next_item(session, user, gold=True, wait=wait)
+                if item is None and not wait:
+                    return None  # one may be locked: an ordinary item in its place would lower the share
+            item = item or _next_item(session, user, gold=False, wait=wait)
             if item is None:
                 return None
             assignment = _assign(session, cfg, user, item, now_ms)
@@ -250,11 +256,13 @@ _ASSIGNED = (
 )
 
 
-def _next_item(session: Session, user: UserRow, *, gold: bool) -> ItemRow | None:
+def _next_item(session: Session, user: UserRow, *, gold: bool, wait: bool) -> ItemRow | None:
     query = {"user": user.id, "gold": gold}
     item = session.scalar(_NEXT_UNLOCKED, query, execution_options=_FRESH)
-    # Nothing free but what others hold locked right now: wait for them, they may leave a place.
-    return item or session.scalar(_NEXT_WAITING, query, execution_options=_FRESH)
+    if item is None and wait:
+        # Nothing free but what others hold locked right now: wait for them, they may leave a place.
+        return session.scalar(_NEXT_WAITING, query, execution_options=_FRESH)
+    return item
 
 
 def _assign(session: Session, cfg: LabelingStage, user: UserRow, item: ItemRow, now_ms: int) -> AssignmentRow:

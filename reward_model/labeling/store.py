@@ -162,6 +162,24 @@ class LabelStore:
         with self.begin() as session:
             return answers.submit_answer(session, self.cfg, user_id, assignment_id, answer, submission_id, self.clock())
 
+    def submit_and_next(
+        self, user_id: int, assignment_id: int, answer: Answer, submission_id: str
+    ) -> tuple[Receipt, Task | None]:
+        """`submit` and `next_task`, in one transaction if it can be.
+
+        Raises:
+            LabelError, LeaseError: as `submit`.
+        """
+        now, task = self.clock(), None
+        with self.begin() as session:
+            receipt = answers.submit_answer(session, self.cfg, user_id, assignment_id, answer, submission_id, now)
+            if not serving.has_expired_leases(session, now):
+                # The item just judged is locked. Two who wait for each other's would wait for ever.
+                task = serving.lease_next(session, self.cfg, user_id, now, wait=False)
+        if task is None:
+            task = self.next_task(user_id)
+        return receipt, task
+
     def undo(self, user_id: int) -> Task | None:
         """Withdraws the user's last judgment that stands, and leases its item again; None: there is none.
 

@@ -412,3 +412,53 @@ def test_the_next_item_is_found_by_an_index(project: Any, make_items: Any) -> No
     assert "ix_items_serving" in plan, plan
     for slow in ("SCAN", "TEMP B-TREE", "Seq Scan on items", "Sort"):
         assert slow not in plan, plan
+
+
+def test_an_answer_with_the_next_item_is_an_answer_and_then_the_next_item(
+    project: Any, make_items: Any, standing: Any
+) -> None:
+    """Through repeats, gold questions, a lease that ran out, clicks sent twice, to the end."""
+    keys = {
+        "gold": {"fraction": 0.3, "pause_below": 0.0},
+        "repeat_fraction": 0.5,
+        "repeat_after": 2,
+        "lease_minutes": 1,
+    }
+    store = project.open(**keys)
+    store.add_items(make_items(6))
+    store.add_items(make_items(2, start=6, gold_ranks=[1, 2]))
+    user, away = people(store, 2)
+    left = store.next_task(away).prompt
+    task, seen = store.next_task(user), []
+    while task is not None:
+        seen.append(task.prompt)
+        project.clock.minutes(0.2)  # after five of them, what was left lying comes free
+        click = (user, task.assignment_id, LEFT, f"click{len(seen)}")
+        receipt, task = store.submit_and_next(*click)
+        assert task == store.next_task(user)
+        again, same = store.submit_and_next(*click)
+        assert (again.judgment_id, again.repeated, same) == (receipt.judgment_id, True, task)
+    assert left in seen
+    assert len(standing(store)) == len(seen) > len(set(seen)) >= 6
+
+
+def test_a_refused_answer_brings_no_item(project: Any, make_items: Any) -> None:
+    store = project.open()
+    store.add_items(make_items(2))
+    (user,) = people(store, 1)
+    task, _ = project.judge(store, user)
+    with pytest.raises(LeaseError, match="judged this item already"):
+        store.submit_and_next(user, task.assignment_id, LEFT, "another")
+    with store.read() as session:
+        assert session.scalar(text("SELECT count(*) FROM assignments")) == 1
+
+
+def test_who_fails_a_gold_question_gets_no_item_with_the_answer(project: Any, make_items: Any) -> None:
+    store = project.open(gold={"fraction": 1.0, "after": 1, "pause_below": 1.0})
+    store.add_items(make_items(2, gold_ranks=[1, 2]))
+    (user,) = people(store, 1)
+    task = store.next_task(user)
+    wrong = Answer("compare", value=1 if task.responses[0] == f"{task.prompt}/0" else -1)
+    receipt, following = store.submit_and_next(user, task.assignment_id, wrong, "wrong")
+    assert receipt.paused
+    assert following is None

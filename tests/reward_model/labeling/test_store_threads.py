@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,21 +19,27 @@ from rlhf.errors import LeaseError
 
 
 def work(stores: list[LabelStore], number: int, start: threading.Barrier) -> dict[str, tuple[str, int]]:
-    """Labels until nothing is left; what was clicked, by submission. Some clicks are sent twice."""
+    """Labels until nothing is left; what was clicked, by submission. Some clicks are sent twice.
+
+    Half of them take the next item with the answer, as the page does, half ask for it.
+    """
     rng = random.Random(number)
     store = stores[number % len(stores)]
     user = store.ensure_user(f"annotator {number}", role="annotator")
     clicked: dict[str, tuple[str, int]] = {}
     start.wait()
-    while (task := store.next_task(user)) is not None:
+    task = store.next_task(user)
+    while task is not None:
         value = rng.randint(1, 3)
         submission = f"{number}/{len(clicked)}"
-        receipts = [
-            store.submit(user, task.assignment_id, Answer("compare", value=value), submission)
-            for _ in range(1 + (rng.random() < 0.2))
-        ]
-        assert len({receipt.judgment_id for receipt in receipts}) == 1
+        click = (user, task.assignment_id, Answer("compare", value=value), submission)
+        receipts = [store.submit(*click)] if rng.random() < 0.2 else []
         clicked[submission] = (str(task.prompt), value)
+        if number % 4 < 2:
+            receipt, task = store.submit_and_next(*click)
+        else:
+            receipt, task = store.submit(*click), store.next_task(user)
+        assert {one.judgment_id for one in receipts} <= {receipt.judgment_id}
     return clicked
 
 
@@ -66,6 +73,23 @@ def test_a_last_place_goes_to_one_of_fifty(project: Any, make_items: Any) -> Non
     with ThreadPoolExecutor(50) as pool:
         tasks = [task for task in pool.map(store.next_task, users) if task is not None]
     assert len(tasks) == 1
+
+
+def test_a_gold_question_that_is_locked_just_now_is_waited_for(project: Any, make_items: Any) -> None:
+    store = project.open(gold={"fraction": 1.0, "pause_below": 0.0})
+    store.add_items([*make_items(1), *make_items(2, start=1, gold_ranks=[1, 2])])
+    user = store.ensure_user("a", role="annotator")
+    first = store.next_task(user)
+    with store.read() as session:
+        gold = session.scalars(select(ItemRow.id).where(ItemRow.is_gold)).all()
+    (other,) = {*gold} - {first.item_id}
+    with ThreadPoolExecutor(1) as pool:
+        with store.begin() as session:
+            session.execute(select(ItemRow).where(ItemRow.id == other).with_for_update())
+            click = (user, first.assignment_id, Answer("compare", value=1), "click")
+            following = pool.submit(store.submit_and_next, *click)
+            time.sleep(0.5)
+        assert following.result()[1].item_id == other
 
 
 def test_late_answers_for_one_free_place(project: Any, make_items: Any, standing: Any) -> None:
