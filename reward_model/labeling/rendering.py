@@ -94,4 +94,5 @@ def task_json(task: Task) -> dict[str, Any]:
         "responses": [shown(response) for response in task.responses],
         "lease_expires_ms": task.lease_expires_ms,
         "previous": asdict(task.previous) if task.previous else None,
+        "passed_over": task.passed_over,
     }

@@ -169,6 +169,7 @@ def test_a_task_as_json_is_blind_and_shows_texts_twice() -> None:
         "responses": [{"html": "<p>&lt;b&gt;</p>\n", "text": "<b>"}, {"html": "<p>two</p>\n", "text": "two"}],
         "lease_expires_ms": 1000,
         "previous": None,
+        "passed_over": 0,
     }
 
 
