@@ -714,6 +714,28 @@ def test_the_page_reports_no_breach_of_its_own_csp(served: Any, opened: Any) -> 
 # --- admins ---------------------------------------------------------------------------------------------------
 
 
+def test_retiring_takes_a_second_step_by_keyboard_and_without_script(served: Any, opened: Any) -> None:
+    site = served(pairs(2))
+    user = site.store.ensure_user("ada", role="annotator")
+    task = site.store.next_task(user)
+    site.store.submit(user, task.assignment_id, Answer("flag", notes="odd"), "flagged-1")
+    page = opened(f"{site.url}/admin", java_script_enabled=False)
+    page.locator("details.flagged > summary").focus()
+    page.keyboard.press("Enter")
+    retire = page.locator("summary", has_text="Retire")
+    retire.focus()
+    page.keyboard.press("Enter")
+    done = page.get_by_role("button", name=f"Retire item {task.item_id} for good")
+    expect(done).to_be_visible()
+    assert list(site.store.item_states().values()) == ["flagged", "open"], "nothing is done yet"
+    expect(page.get_by_text("Nobody gets this item any more")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(done).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#flagged")).to_contain_text("None.")
+    assert list(site.store.item_states().values()) == ["retired", "open"]
+
+
 def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
     site = served(pairs(4), serve={"accounts": True})
     site.account("ada", "admin")
