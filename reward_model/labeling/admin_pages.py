@@ -11,8 +11,9 @@ from starlette.responses import Response
 from reward_model.labeling import accounts, figures, moderation
 from reward_model.labeling.access import Admin, Form, Onlooker, Site, SiteOf
 from reward_model.labeling.accounts import Visitor
+from reward_model.labeling.links import note_of, url_of
 from reward_model.labeling.pages import page
-from reward_model.labeling.security import origin_of
+from reward_model.labeling.security import is_loopback
 
 router = APIRouter(prefix="/admin")
 
@@ -42,7 +43,7 @@ def invite(request: Request, site: SiteOf, visitor: Admin, form: Form) -> Respon
     """A new invite link; it is shown this once, since only its hash is kept."""
     role = form.get("role", "")
     token = accounts.create_invite(site.store, role, visitor.user_id)
-    return _overview(request, site, visitor, link=_link(request, site, token), link_for=f"the new {role}")
+    return _overview(request, site, visitor, token=token, link_for=f"the new {role}")
 
 
 @router.post("/invites/{invite_id}/withdraw")
@@ -77,9 +78,7 @@ def activate(site: SiteOf, visitor: Admin, user_id: Id) -> Response:
 def reset(request: Request, site: SiteOf, visitor: Admin, user_id: Id) -> Response:
     """A link by which the user chooses a new password; it is shown this once."""
     token, name = accounts.create_reset(site.store, visitor.user_id, user_id)
-    return _overview(
-        request, site, visitor, link=_link(request, site, token), link_for=f"{name}, to choose a new password"
-    )
+    return _overview(request, site, visitor, token=token, link_for=f"{name}, to choose a new password")
 
 
 @router.post("/users/{user_id}/unpause")
@@ -113,7 +112,7 @@ def audit(request: Request, site: SiteOf, visitor: Admin, before: Before = None)
 
 
 def _overview(
-    request: Request, site: Site, visitor: Visitor, *, link: str | None = None, link_for: str = ""
+    request: Request, site: Site, visitor: Visitor, *, token: str | None = None, link_for: str = ""
 ) -> Response:
     now = site.store.clock()
     with site.store.read() as session:
@@ -128,13 +127,19 @@ def _overview(
         }
     context |= {"progress": site.store.progress(), "report": site.agreement.report(), "figure_names": FIGURES}
     context |= {"report_failed": site.agreement.failed}
-    context |= {"is_admin": visitor.role == "admin", "roles": accounts.ROLES, "link": link, "link_for": link_for}
+    context |= {"is_admin": visitor.role == "admin", "roles": accounts.ROLES, "link_for": link_for}
+    base = _base(request, site)
+    link = f"{base}/invite/{token}" if token else None
+    context |= {"link": link, "link_note": note_of(site.cfg.serve, base)}
     return page(request, "admin.html.j2", visitor, **context)
 
 
-def _link(request: Request, site: Site, token: str) -> str:
-    base = origin_of(site.cfg.serve.public_url) if site.cfg.serve.public_url else str(request.base_url).rstrip("/")
-    return f"{base}/invite/{token}"
+def _base(request: Request, site: Site) -> str:
+    """What a link begins with: as this admin came here, unless they sit at the server and others do not."""
+    serve, url = site.cfg.serve, str(request.base_url).rstrip("/")
+    if serve.public_url or (is_loopback(request.url.hostname or "") and not is_loopback(serve.host)):
+        return url_of(serve, request.url.port or 80)
+    return url
 
 
 def _back(part: str) -> Response:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from sqlalchemy import ColumnElement, bindparam, func, select
 from sqlalchemy.orm import Session, aliased
 
@@ -16,6 +19,7 @@ from reward_model.labeling.serving import (
     locked_assignment,
     locked_user,
     reclaim,
+    take_place,
     task_of,
 )
 from rlhf.config_labeling import LabelingStage
@@ -27,7 +31,13 @@ MAX_NOTES = 2_000
 MAX_MS = 2**31 - 1
 """Of the time on an item, 24 days: what a column of 32 bits holds."""
 
+MAX_ID = 2**31 - 1
+"""Above every row's id."""
+
 DECIDING = ("compare", "rank", "both_bad")
+
+REOPENED = "item_reopened"
+"""The kind of the event that an admin gave an item back to the annotators."""
 
 
 def check_answer(answer: Answer, kind: str, K: int) -> None:
@@ -153,35 +163,39 @@ def store_answer(
 def undo_last(session: Session, cfg: LabelingStage, user_id: int, now_ms: int) -> Task | None:
     """Withdraws the user's last judgment that stands, by a row, and leases its item again; None: there is none.
 
+    A skip or a flag gave the item's place away. Where it cannot be had again, it stands for good, and the judgment
+    before it is withdrawn; `Task.passed_over` counts those.
+
     Raises:
         LabelError: the annotator is paused.
-        LeaseError: it was a skip or a flag, and the place has gone to somebody else.
+        LeaseError: nothing is left but such skips and flags.
     """
     user = locked_user(session, user_id)
     if user.paused:
         raise LabelError(f"nothing can be undone now: {user.paused}", fix="ask an admin")
-    last = session.scalar(
-        select(JudgmentRow)
-        .join(AssignmentRow, AssignmentRow.id == JudgmentRow.assignment_id)
-        .where(*stands())
-        .where(AssignmentRow.user_id == user_id, AssignmentRow.shown_ms.is_not(None))
-        .order_by(JudgmentRow.id.desc())
-        .limit(1)
-    )
-    if last is None:
+    passed_over, before = 0, MAX_ID
+    while last := session.scalar(_LAST_STANDING, {"user": user_id, "before": before}):
+        assignment, item = locked_assignment(session, user_id, last.assignment_id)
+        if last.choice in DECIDING or take_place(assignment, item):
+            break
+        passed_over, before = passed_over + 1, last.id
+    else:
+        if passed_over:
+            raise LeaseError(
+                "what you skipped or flagged last cannot come back: others have judged it meanwhile, or an admin has "
+                "taken it out",
+                fix="go on with the next item",
+            )
         return None
-    assignment, item = locked_assignment(session, user_id, last.assignment_id)
     if last.choice in DECIDING:
         user.judged -= 1
         _forget_repeat(session, assignment)
-    else:
-        if last.choice == "flag" and item.state == "flagged" and not _others_flagged(session, last, item):
-            reopen(item)
-        reclaim(assignment, item)
+    elif last.choice == "flag" and item.state == "flagged" and not _others_flagged(session, last, item):
+        reopen(item)
     store_answer(session, assignment, Answer("undo"), f"undo-{last.id}", now_ms)
     assignment.shown_ms = now_ms
     extend(assignment, cfg, now_ms)
-    return task_of(session, assignment, item)
+    return replace(task_of(session, assignment, item), passed_over=passed_over)
 
 
 def stands() -> tuple[ColumnElement[bool], ...]:
@@ -191,15 +205,33 @@ def stands() -> tuple[ColumnElement[bool], ...]:
     return JudgmentRow.choice != "undo", ~superseded
 
 
+_LAST_STANDING = (
+    select(JudgmentRow)
+    .join(AssignmentRow, AssignmentRow.id == JudgmentRow.assignment_id)
+    .where(*stands(), JudgmentRow.id < bindparam("before"))
+    .where(AssignmentRow.user_id == bindparam("user"), AssignmentRow.shown_ms.is_not(None))
+    .order_by(JudgmentRow.id.desc())
+    .limit(1)
+)
+
+
 def reopen(item: ItemRow) -> None:
     """Ends a flag, or a retirement."""
     item.state = "full" if item.taken >= item.wanted and not item.is_gold else "open"
+
+
+def settled_ms(session: Session, item_ids: Sequence[int]) -> dict[int, int]:
+    """By item, when an admin last gave it back to the annotators: flags up to then are settled."""
+    item_id = EventRow.detail["item"].as_integer()
+    found = select(item_id, func.max(EventRow.created_ms)).group_by(item_id)
+    return dict(session.execute(found.where(EventRow.kind == REOPENED, item_id.in_(item_ids))).tuples().all())
 
 
 def _others_flagged(session: Session, flag: JudgmentRow, item: ItemRow) -> bool:
     flags = select(JudgmentRow.id).join(AssignmentRow, AssignmentRow.id == JudgmentRow.assignment_id)
     others = flags.where(*stands(), AssignmentRow.item_id == item.id)
     others = others.where(JudgmentRow.choice == "flag", JudgmentRow.id != flag.id)
+    others = others.where(JudgmentRow.created_ms > settled_ms(session, [item.id]).get(item.id, 0))
     return session.scalar(others.limit(1)) is not None
 
 

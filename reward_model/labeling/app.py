@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -17,6 +17,7 @@ from starlette.types import Scope
 
 from reward_model.labeling import accounts, admin_pages, api, pages
 from reward_model.labeling.access import Site
+from reward_model.labeling.database import trouble_of
 from reward_model.labeling.security import HEADERS, Guard, Refused, check_bind
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
@@ -90,7 +91,15 @@ def _http(error: HTTPException) -> Refused:
     return Refused(error.status_code, HTTPStatus(error.status_code).phrase.lower(), fix=fix)
 
 
-def _busy(error: OperationalError) -> Refused:
+def _database(error: DBAPIError) -> Refused:
+    """Of a database that is in trouble; any other error of a statement is a bug of ours."""
+    if (trouble := trouble_of(error)) is not None:
+        why, fix = trouble
+        _log.error("the database cannot be written, %s: %s; %s", why, error.orig, fix)
+        told = "tell the admin; what was stored before is safe, and the server goes on by itself once this is mended"
+        return Refused(503, f"the database cannot be written: {why}", fix=told, retry_after=30)
+    if not isinstance(error, OperationalError):
+        raise error
     _log.error("the database does not answer: %s", error.orig)
     return Refused(503, "the database is busy", fix="try again in a few seconds", retry_after=2)
 
@@ -101,7 +110,7 @@ _REASONS: dict[type[Exception], Any] = {
     LabelError: lambda error: Refused(422, error.message, fix=error.fix),
     RequestValidationError: _invalid,
     HTTPException: _http,
-    OperationalError: _busy,
+    DBAPIError: _database,
 }
 
 

@@ -128,6 +128,25 @@ def _unusable(cfg: LabelingStage, url: URL, error: DBAPIError) -> ConfigError:
     )
 
 
+_FULL = "its disk is full", "free some space where the database is"
+_READ_ONLY = "it is read-only", "give the server's user the right to write it, or mount its disk for writing"
+_TROUBLE = {
+    # SQLite's primary result codes, and PostgreSQL's SQLSTATE
+    sqlite3.SQLITE_FULL: _FULL,
+    sqlite3.SQLITE_READONLY: _READ_ONLY,
+    sqlite3.SQLITE_IOERR: ("its disk fails", "look into the system's log; check the disk, and whether it is full"),
+    sqlite3.SQLITE_CANTOPEN: ("its file cannot be opened", "check that run_dir is there, and may be written"),
+    "53100": _FULL,
+    "25006": ("it is read-only", "point database_env to the primary server, or end its default_transaction_read_only"),
+}
+
+
+def trouble_of(error: DBAPIError) -> tuple[str, str] | None:
+    """Why the database cannot be written, and what mends it; None where the error is of another kind."""
+    sqlite_code = getattr(error.orig, "sqlite_errorcode", None)
+    return _TROUBLE.get(getattr(error.orig, "sqlstate", None) if sqlite_code is None else sqlite_code & 0xFF)
+
+
 def migrate(connection: Connection) -> None:
     """Bring the tables to the newest revision, in the transaction that `connection` is in.
 

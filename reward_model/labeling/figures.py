@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy import CTE, func, select
 from sqlalchemy.orm import Session, aliased
 
+from reward_model.labeling.answers import settled_ms
 from reward_model.labeling.schema import AssignmentRow, EventRow, InviteRow, ItemRow, JudgmentRow, UserRow
 from reward_model.labeling.store import LabelStore
 
@@ -41,7 +42,7 @@ class Period:
 
 @dataclass(frozen=True)
 class Flagged:
-    """An item that is held back; `notes` are (name, note) of everyone who flagged it."""
+    """An item that is held back; `notes` are (name, note) of everyone whose flag no admin has settled."""
 
     id: int
     prompt: str
@@ -142,14 +143,16 @@ def flagged_items(session: Session) -> list[Flagged]:
     items = list(session.scalars(found))
     judged = effective()
     said = (
-        select(judged.c.item_id, UserRow.name, judged.c.notes)
+        select(judged.c.item_id, UserRow.name, judged.c.notes, judged.c.created_ms)
         .join(UserRow, UserRow.id == judged.c.user_id)
         .where(judged.c.choice == "flag", judged.c.item_id.in_([item.id for item in items]))
         .order_by(judged.c.id)
     )
     notes: dict[int, list[tuple[str, str]]] = {item.id: [] for item in items}
-    for item_id, name, note in session.execute(said):
-        notes[item_id].append((name, note))
+    settled = settled_ms(session, list(notes))
+    for item_id, name, note, created_ms in session.execute(said):
+        if created_ms > settled.get(item_id, 0):
+            notes[item_id].append((name, note))
     return [
         Flagged(item.id, _prompt(item.prompt), [r["text"] for r in item.responses], item.batch, notes[item.id])
         for item in items

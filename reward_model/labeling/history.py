@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from reward_model.labeling.answers import DECIDING, check_answer, same_submission, stands, store_answer
@@ -92,6 +93,31 @@ def progress(session: Session, totals: Totals, user_id: int | None) -> Progress:
     if user is None:
         raise LabelError(f"there is no user {user_id}", fix="log in again")
     return Progress(judged=user.judged, paused=user.paused, **vars(totals))
+
+
+@dataclass(frozen=True)
+class Left:
+    """Who may label an item and has not had it yet, by name; `item_id` is what the admin page calls it."""
+
+    item_id: int
+    people: list[str]
+
+
+def left_to(session: Session) -> dict[str, Left]:
+    """By key of every item that is no gold question, whom it still waits for.
+
+    People who may label are active annotators and admins with a password, or who have been served without one; those of
+    an imported file are not among them.
+    """
+    may = (UserRow.labeler == "person", UserRow.active, UserRow.role.in_(("annotator", "admin")))
+    able = or_(UserRow.password_hash.is_not(None), UserRow.served > 0)
+    names = dict(session.execute(select(UserRow.id, UserRow.name).where(*may, able)).tuples().all())
+    had = (AssignmentRow.presentation == 0, AssignmentRow.state.in_(("done", "passed")))
+    answered: dict[int, set[int]] = defaultdict(set)
+    for item_id, user_id in session.execute(select(AssignmentRow.item_id, AssignmentRow.user_id).where(*had)):
+        answered[item_id].add(user_id)
+    items = session.execute(select(ItemRow.id, ItemRow.key).where(~ItemRow.is_gold))
+    return {key: Left(id, [name for user, name in names.items() if user not in answered[id]]) for id, key in items}
 
 
 def record_answer(session: Session, user_id: int, shown: Shown, answer: Answer, submission_id: str, now_ms: int) -> int:

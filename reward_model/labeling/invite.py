@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reward_model.labeling import accounts
-from reward_model.labeling.serve import url_of
+from reward_model.labeling.links import note_of, url_of
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
 from rlhf.errors import ConfigError
@@ -13,11 +13,14 @@ def main(cfg: LabelingStage, role: str) -> None:
     """Print an invite link. Who can run this can read the database, and so needs no login.
 
     Raises:
-        ConfigError: the project has no accounts.
+        ConfigError: the project has no accounts, or the address of its server cannot be known.
     """
     if not cfg.serve.accounts:
         raise ConfigError("this labeling project has no accounts", fix="set serve.accounts: true")
+    url = url_of(cfg.serve, cfg.serve.port)
     with LabelStore.open(cfg) as store:
         token = accounts.create_invite(store, role, None)
-        days = accounts.INVITE_MS // (24 * 3_600_000)
-        print(f"{url_of(cfg.serve, cfg.serve.port)}/invite/{token}\nfor one {role}, within {days} days", flush=True)
+    days = accounts.INVITE_MS // (24 * 3_600_000)
+    print(f"{url}/invite/{token}\nfor one {role}, within {days} days", flush=True)
+    if note := note_of(cfg.serve, url):
+        print(note, flush=True)

@@ -9,7 +9,7 @@ from reward_model.labeling.store import LabelStore
 
 
 def reopen(store: LabelStore, by: int, item_id: int) -> None:
-    """Annotators get the item again, where places are left; not those who flagged or judged it.
+    """Annotators get the item again, where places are left; not those who flagged or judged it. Its flags are settled.
 
     Raises:
         LabelError: no such item.
@@ -18,7 +18,7 @@ def reopen(store: LabelStore, by: int, item_id: int) -> None:
         item = locked_item(session, item_id)
         before = item.state
         answers.reopen(item)
-        log(store, session, by, "item_reopened", item=item_id, before=before, after=item.state)
+        log(store, session, by, answers.REOPENED, item=item_id, before=before, after=item.state)
 
 
 def retire(store: LabelStore, by: int, item_id: int) -> None:

@@ -61,9 +61,9 @@ def label_page(request: Request, site: SiteOf, visitor: Anyone) -> Response:
     return page(request, "label.html.j2", visitor, instructions_html=markdown_html(site.cfg.instructions))
 
 
-@router.get("/healthz")
+@router.api_route("/healthz", methods=["GET", "HEAD"])
 def healthz(site: SiteOf) -> JSONResponse:
-    """For monitoring: the server answers, and so does its database."""
+    """For monitoring and load balancers: the server answers, and so does its database."""
     with site.store.read() as session:
         session.execute(text("SELECT 1"))
     return JSONResponse({"status": "ok"})

@@ -3,17 +3,22 @@ is labeled; then the same command takes the labels and goes on.
 
 What is queued depends on the rollouts and the configuration alone, and the project knows its items by their content, so
 the command may be repeated, or killed, at any time.
+
+An item that everybody skipped who may label it, admins included, is done without a label: nobody is left to wait for.
+One that some judged and the others skipped waits on, since it was to have more judgments; the stage says which.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from reward_model.labeling import history
 from reward_model.labeling.groups import LabelResult, comparable, group_rollouts, split
+from reward_model.labeling.history import Left
 from reward_model.labeling.preferences import label_items, ranking_of
 from reward_model.labeling.queue import choose_items, read_pools, score
 from reward_model.labeling.records import Item, Judgment
@@ -23,6 +28,9 @@ from rlhf.config_labeling import ExportConfig, LabelingStage
 from rlhf.config_schema import LabelStage
 from rlhf.errors import LabelsPending
 from rlhf.types import Rollout
+
+SHOWN = 10
+"""Items that are named of many."""
 
 README = """Labels in this folder were given by people, in the labeling project {project}.
 
@@ -55,16 +63,22 @@ def people_rollouts(
             item.key: replace(item, prompt_id=asked[item.key].prompt_id) for item in store.items() if item.key in asked
         }
         states = store.item_states()
-        judgments = [found for found in store.judgments() if found.item_key in items and _counts(found)]
+        found = [judgment for judgment in store.judgments() if judgment.item_key in items and _by_person(judgment)]
+        with store.read() as session:
+            left = history.left_to(session)
+    judgments = [judgment for judgment in found if judgment.decides]
     given = Counter(judgment.item_key for judgment in judgments)
-    aside = {key for key in items if states[key] in ("flagged", "retired")}
+    skipped = {judgment.item_key for judgment in found if judgment.answer.choice == "skip"}
+    held = {key for key in items if states[key] in ("flagged", "retired")}
+    undecided = {key for key in skipped - held if not given[key] and not left[key].people}
+    aside = held | undecided
     ready = [key for key, item in items.items() if given[key] >= item.wanted and key not in aside]
-    if len(ready) + len(aside) < len(items) or not ready:
-        held = f", {len(aside)} are flagged or retired" if aside else ""
-        raise LabelsPending(
-            f"{len(ready)} of {len(items)} items are labeled{held}; the others wait for people.",
-            fix=f"label on with `rlhf label serve {cfg.project}`, then run the same command again",
-        )
+    waiting = [key for key in items if key not in aside and given[key] < items[key].wanted]
+    if waiting or not ready:
+        said = f"{len(ready)} of {len(items)} items are labeled"
+        said += f", {len(held)} are flagged or retired" * bool(held)
+        said += f", {len(undecided)} were skipped by everybody" * bool(undecided)
+        raise _pending(said, {key: left[key] for key in waiting}, skipped, cfg.project)
     kept = [judgment for judgment in judgments if judgment.item_key not in aside]
     rules = ExportConfig(aggregate=cfg.aggregate, ties="keep")
     labeled, _ = label_items([items[key] for key in ready], states, kept, rules)
@@ -75,6 +89,7 @@ def people_rollouts(
         "rankings_train": len(train),
         "rankings_heldout": len(heldout),
         "items_left_out": len(aside),
+        "items_skipped_by_all": len(undecided),
         "judgments": len(kept),
         "annotators": len({judgment.annotator for judgment in kept}),
     }
@@ -95,9 +110,34 @@ def items_of(cfg: LabelStage, project: LabelingStage) -> list[Item]:
     return choose_items(pools, project.model_copy(update={"queue": queue}), scores_MN)
 
 
-def _counts(judgment: Judgment) -> bool:
-    """Given by a person, about the responses, and not as a repeat."""
-    return judgment.decides and judgment.labeler == "person" and judgment.presentation == 0
+def _by_person(judgment: Judgment) -> bool:
+    """Given by a person, and not as a repeat."""
+    return judgment.labeler == "person" and judgment.presentation == 0
+
+
+def _pending(said: str, waiting: dict[str, Left], skipped: set[str], project: str) -> LabelsPending:
+    """What holds the stage up, and who can end that."""
+    if not waiting:
+        fix = f"invite another annotator with `rlhf label invite {project}`, or reopen flagged items on the admin page"
+        return LabelsPending(f"{said}; no item has a label to go on with.", fix=f"{fix}; then run this command again")
+    said += "; the others wait for people."
+    fix = f"label on with `rlhf label serve {project}`, then run the same command again"
+    by_people: dict[str, list[int]] = defaultdict(list)
+    for key, left in waiting.items():
+        if key in skipped and left.people:
+            by_people[", ".join(left.people)].append(left.item_id)
+    for people, ids in by_people.items():
+        said += f" Skipped so far, and not yet seen by {people}: {_numbers(ids)}."
+    if exhausted := [left.item_id for left in waiting.values() if not left.people]:
+        said += f" Answered by everybody, with fewer judgments than asked for: {_numbers(exhausted)}."
+        fix += f"; for what everybody has answered, invite another annotator with `rlhf label invite {project}`"
+    return LabelsPending(said, fix=fix)
+
+
+def _numbers(ids: Sequence[int]) -> str:
+    """Items as the admin page calls them, the first few."""
+    more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+    return ("item " if len(ids) == 1 else "items ") + ", ".join(map(str, ids[:SHOWN])) + more
 
 
 def _line(judgment: Judgment, item: Item) -> dict[str, Any]:

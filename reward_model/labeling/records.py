@@ -161,6 +161,8 @@ class Task:
     lease_expires_ms: int
     previous: Answer | None = None
     """After an undo: the answer that was withdrawn."""
+    passed_over: int = 0
+    """Of the undo itself: later skips and flags that it could not take back, since their items are gone."""
 
 
 @dataclass(frozen=True)

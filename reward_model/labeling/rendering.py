@@ -8,8 +8,9 @@ first. A policy's name never comes through here: a task is blind.
 from __future__ import annotations
 
 import html
+import threading
+from collections import OrderedDict
 from dataclasses import asdict
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import nh3
@@ -56,8 +57,41 @@ def markdown_parser(*, tables: bool) -> MarkdownIt:
 PARSERS = {tables: markdown_parser(tables=tables) for tables in (False, True)}
 
 
-@lru_cache(maxsize=1024)
-def markdown_html(text: str) -> str:
+class RenderedTexts:
+    """HTML by its Markdown. Of the texts and their HTML `limit` characters are kept at most, those used last.
+
+    A character takes 1 to 4 bytes, so that the default keeps 64 MB at the worst: of the longest texts read as Markdown
+    some 200, of ordinary responses several thousand. Thread-safe.
+    """
+
+    def __init__(self, limit: int = 16_000_000) -> None:
+        self.limit = limit
+        self.characters = 0
+        self._kept: OrderedDict[str, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, text: str) -> str:
+        """`text` as HTML, rendered where it is not kept."""
+        with self._lock:
+            if text in self._kept:
+                self._kept.move_to_end(text)
+                return self._kept[text]
+        rendered = render(text)  # without the lock: others' texts do not wait
+        with self._lock:
+            if text not in self._kept and len(text) + len(rendered) <= self.limit:
+                self._kept[text] = rendered
+                self.characters += len(text) + len(rendered)
+            while self.characters > self.limit:
+                old, its_html = self._kept.popitem(last=False)
+                self.characters -= len(old) + len(its_html)
+        return rendered
+
+
+markdown_html = RenderedTexts()
+"""`render`, without doing the same twice: an item is served to several annotators, and comes back by undo."""
+
+
+def render(text: str) -> str:
     """`text`, read as Markdown, as HTML that executes nothing, loads nothing and styles nothing.
 
     A text that is too long to be read as Markdown, or that nests too deeply, is shown as it is.
@@ -94,4 +128,5 @@ def task_json(task: Task) -> dict[str, Any]:
         "responses": [shown(response) for response in task.responses],
         "lease_expires_ms": task.lease_expires_ms,
         "previous": asdict(task.previous) if task.previous else None,
+        "passed_over": task.passed_over,
     }

@@ -11,7 +11,8 @@ import uvicorn
 
 from reward_model.labeling import accounts
 from reward_model.labeling.app import make_app
-from reward_model.labeling.security import check_bind, origin_of
+from reward_model.labeling.links import note_of, url_of
+from reward_model.labeling.security import check_bind
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage, ServeConfig
 from rlhf.errors import ConfigError
@@ -45,6 +46,8 @@ def main(cfg: LabelingStage) -> None:
         if cfg.serve.accounts and not accounts.has_admin(store):
             token = accounts.first_admin_invite(store)
             print(f"nobody is an admin yet; the first one's invite: {url}/invite/{token}", flush=True)
+        if cfg.serve.accounts and (note := note_of(cfg.serve, url)):
+            print(note, flush=True)
         server.run(sockets=[listener])
 
 
@@ -76,11 +79,3 @@ def listen(serve: ServeConfig) -> socket.socket:
         fix = _BIND_FIXES.get(error.errno or 0, "check serve.host and serve.port")
         reason = str(error.strerror).partition(" (while")[0]  # Python names the address there, which we do too
         raise ConfigError(f"cannot listen at {serve.host} port {serve.port}: {reason}", fix=fix) from None
-
-
-def url_of(serve: ServeConfig, port: int) -> str:
-    """What to open in a browser; of a bind to all addresses the name of this machine's loopback."""
-    if serve.public_url:
-        return origin_of(serve.public_url)
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(serve.host, serve.host).strip("[]")
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -183,9 +183,11 @@ class LabelStore:
     def undo(self, user_id: int) -> Task | None:
         """Withdraws the user's last judgment that stands, and leases its item again; None: there is none.
 
+        Skips and flags whose item is gone are passed over, see `Task.passed_over`.
+
         Raises:
             LabelError: the annotator is paused.
-            LeaseError: it was a skip or a flag, and the place has gone to somebody else.
+            LeaseError: nothing is left but such skips and flags.
         """
         with self.begin() as session:
             return answers.undo_last(session, self.cfg, user_id, self.clock())

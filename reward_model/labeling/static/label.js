@@ -131,9 +131,10 @@ async function undo() {
     try {
       content = await ask("POST", "/api/undo", {});
     } catch (error) {
-      if (!passing(error.status)) throw error;
-      say("No answer from the server: look whether this was undone.", "warn");
-      return persist("GET", "/api/task", undefined, say);
+      if (error.status !== 409 && !passing(error.status)) throw error;
+      const now = await persist("GET", "/api/task", undefined, say);
+      say(error.status === 409 ? error.text : "No answer from the server: look whether this was undone.", "warn");
+      return now;
     }
     if (!content.task?.previous) {
       say("There is nothing to undo.");
@@ -141,7 +142,11 @@ async function undo() {
     }
     session.count = Math.max(0, session.count - 1);
     $("last").hidden = true;
-    say("Undone. This is the last item again, with what you had chosen.");
+    const gone = content.task.passed_over;
+    if (gone) {
+      const what = gone > 1 ? `The ${gone} items that you skipped or flagged last` : "The item that you skipped or flagged last";
+      say(`${what} cannot come back. Undone is the one before, with what you had chosen.`, "warn");
+    } else say("Undone. This is the last item again, with what you had chosen.");
     return content;
   });
 }

@@ -4,7 +4,7 @@ const TIMEOUT_MS = 20_000;
 const csrf = document.querySelector("meta[name=csrf-token]")?.content ?? "";
 const owned = `labeling.${document.getElementById("app").dataset.user}.`;
 
-/** The parsed answer; throws {status, text}, status 0 where there was no answer at all. */
+/** The parsed answer; throws {status, text, why}, `text` with the fix, status 0 where there was no answer at all. */
 export async function ask(method, path, body) {
   let answer;
   try {
@@ -17,10 +17,10 @@ export async function ask(method, path, body) {
       signal: AbortSignal.timeout(TIMEOUT_MS),
     });
   } catch {
-    throw { status: 0, text: "" };
+    throw { status: 0, text: "", why: "No connection to the server." };
   }
   const content = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw { status: answer.status, text: sentences(content.error, content.fix) };
+  if (!answer.ok) throw { status: answer.status, text: sentences(content.error, content.fix), why: sentences(content.error) };
   content.now_ms = Date.parse(answer.headers.get("Date") ?? "") || Date.now(); // the lease runs by the server's clock
   return content;
 }
@@ -54,8 +54,7 @@ export async function persist(method, path, body, say, kept = "") {
       return content;
     } catch (error) {
       if (!passing(error.status)) throw error;
-      const why = error.status ? "The server cannot answer just now." : "No connection to the server.";
-      say(`${why} ${kept} Trying again by itself.`, "warn");
+      say(`${error.why || "The server cannot answer just now."} ${kept} Trying again by itself.`, "warn");
       await pause(wait);
     }
   }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reward_model.labeling import accounts, moderation
+from reward_model.labeling import accounts, figures, moderation
 from reward_model.labeling.answers import check_answer
 from reward_model.labeling.records import Answer
 from rlhf.errors import LabelError, LeaseError
@@ -232,9 +232,29 @@ def test_undo_of_a_skip_needs_a_free_place(project: Any, make_items: Any, standi
     assert store.undo(a).prompt == "p0"
     project.judge(store, a, Answer("skip"))
     assert store.next_task(b).prompt == "p0"
-    with pytest.raises(LeaseError, match="others have judged"):
+    with pytest.raises(LeaseError, match="cannot come back: others have judged it") as caught:
         store.undo(a)
+    assert caught.value.fix == "go on with the next item"
     assert [j.answer.choice for j in standing(store)] == ["skip"]
+
+
+def test_undo_passes_over_a_skip_whose_item_others_have(project: Any, make_items: Any, standing: Any) -> None:
+    store = project.open()
+    store.add_items(make_items(4))
+    a, b = person(store, "a"), person(store, "b")
+    project.judge(store, a, Answer("compare", value=2))
+    for choice in ("skip", "flag"):
+        project.judge(store, a, Answer(choice))
+    task, _ = project.judge(store, b)
+    assert task.prompt == "p1"
+    moderation.retire(store, admin(store), task.item_id + 1)
+    back = store.undo(a)
+    assert (back.prompt, back.previous, back.passed_over) == ("p0", Answer("compare", value=2), 2)
+    assert [j.answer.choice for j in standing(store) if j.annotator == "a"] == ["skip", "flag"]
+    assert store.next_task(a).passed_over == 0, "said once"
+    store.submit(a, back.assignment_id, Answer("compare", value=-2), "again")
+    assert store.undo(a).passed_over == 0, "what was judged since comes first"
+    standing(store)
 
 
 def test_undo_of_a_flag_takes_the_flag_back(project: Any, make_items: Any, standing: Any) -> None:
@@ -259,9 +279,24 @@ def test_undo_of_a_flag_does_not_undo_an_admins_decision(project: Any, make_item
     user = person(store)
     task, _ = project.judge(store, user, Answer("flag"))
     moderation.retire(store, admin(store), task.item_id)
-    with pytest.raises(LeaseError, match="is retired"):
+    with pytest.raises(LeaseError, match="an admin has taken it out"):
         store.undo(user)
     assert list(store.item_states().values()) == ["retired"]
+
+
+def test_a_flag_that_an_admin_settled_no_longer_counts(project: Any, make_items: Any, standing: Any) -> None:
+    store = project.open()
+    store.add_items(make_items(1, wanted=3))
+    a, b = person(store, "a"), person(store, "b")
+    task, _ = project.judge(store, a, Answer("flag", notes="settled"))
+    moderation.reopen(store, admin(store), task.item_id)
+    project.judge(store, b, Answer("flag", notes="open"))
+    with store.read() as session:
+        (item,) = figures.flagged_items(session)
+    assert item.notes == [("b", "open")]
+    assert store.undo(b).prompt == "p0"
+    assert list(store.item_states().values()) == ["open"], "a's flag was settled"
+    standing(store)
 
 
 def test_an_undone_pair_is_not_repeated(project: Any, make_items: Any) -> None:

@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 
 from reward_model.labeling import accounts, app, serve
-from reward_model.labeling.records import Candidate, Item, Judgment
+from reward_model.labeling.records import Answer, Candidate, Item, Judgment
 from reward_model.labeling.schema import SessionRow
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
@@ -220,6 +220,25 @@ def test_undo_brings_the_item_back_with_what_was_chosen(served: Any, opened: Any
     press(page, "2")
     assert [(j.answer.value, j.answer.confidence) for j in site.judgments()] == [(-2, 1)]
     assert [j.answer.choice for j in site.judgments(effective=False)] == ["compare", "undo", "compare"]
+
+
+def test_undo_of_a_skip_that_others_have_says_so_and_goes_on(served: Any, opened: Any) -> None:
+    site = served(pairs(4))
+    page, other = opened(site.url), site.store.ensure_user("other", role="annotator")
+    press(page, "s")
+    assert site.store.next_task(other).prompt == "Question 0"
+    before = texts(page)
+    page.keyboard.press("u")
+    expect(page.locator("#status")).to_contain_text("What you skipped or flagged last cannot come back")
+    assert (texts(page), app_of(page).get_attribute("data-state")) == (before, "pair"), "the item stays"
+    press(page, "6")
+    site.store.submit(other, site.store.next_task(other).assignment_id, Answer("compare", value=1), "others-one")
+    press(page, "s")
+    assert site.store.next_task(other).prompt == "Question 2"
+    press(page, "u")
+    expect(page.locator("#status")).to_contain_text("The item that you skipped or flagged last cannot come back.")
+    expect(page.locator(".before")).to_have_attribute("data-do", "6")
+    assert texts(page) == before
 
 
 def test_skip_and_flag(served: Any, opened: Any) -> None:
@@ -693,6 +712,28 @@ def test_the_page_reports_no_breach_of_its_own_csp(served: Any, opened: Any) -> 
 
 
 # --- admins ---------------------------------------------------------------------------------------------------
+
+
+def test_retiring_takes_a_second_step_by_keyboard_and_without_script(served: Any, opened: Any) -> None:
+    site = served(pairs(2))
+    user = site.store.ensure_user("ada", role="annotator")
+    task = site.store.next_task(user)
+    site.store.submit(user, task.assignment_id, Answer("flag", notes="odd"), "flagged-1")
+    page = opened(f"{site.url}/admin", java_script_enabled=False)
+    page.locator("details.flagged > summary").focus()
+    page.keyboard.press("Enter")
+    retire = page.locator("summary", has_text="Retire")
+    retire.focus()
+    page.keyboard.press("Enter")
+    done = page.get_by_role("button", name=f"Retire item {task.item_id} for good")
+    expect(done).to_be_visible()
+    assert list(site.store.item_states().values()) == ["flagged", "open"], "nothing is done yet"
+    expect(page.get_by_text("Nobody gets this item any more")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(done).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#flagged")).to_contain_text("None.")
+    assert list(site.store.item_states().values()) == ["retired", "open"]
 
 
 def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from reward_model.labeling import people
+from reward_model.labeling import accounts, people
 from reward_model.labeling.records import Answer, Task
 from reward_model.labeling.store import LabelStore
 from rlhf import config
@@ -151,6 +151,62 @@ def test_flagged_items_do_not_hold_the_pipeline_up(stage: Any) -> None:
     result = label(cfg)
     assert len(result.train) + len(result.heldout) == 5
     assert result.report["counts"]["items_left_out"] == 1
+
+
+def skip(task: Task) -> Answer:
+    return Answer("skip")
+
+
+def test_an_item_that_everybody_skipped_is_done_without_a_label(stage: Any) -> None:
+    """Admins may label, too: the item is before them before it is given up."""
+    cfg = stage(queue={"kind": "ranking"})
+    with pytest.raises(LabelsPending):
+        label(cfg)
+    annotate(cfg, "ann", most=2, answer=skip)
+    annotate(cfg, "ann", most=3)
+    annotate(cfg, "bob", most=1, answer=skip)
+    with LabelStore.open(config.load(cfg.project, "labeling", [])) as store:
+        accounts.accept_invite(store, accounts.create_invite(store, "admin", None), "root", "long password")
+        first, second = store.items()[:2]
+        elsewhere = {"presentation": 0, "submission_id": "imported-1"}  # who comes with a file is nobody to wait for
+        store.record("imported", "person", second.key, [0, 1, 2, 3], Answer("skip"), **elsewhere)
+    with pytest.raises(LabelsPending, match="3 of 6 items are labeled; the others wait for people") as caught:
+        label(cfg)
+    assert "not yet seen by root: item 1." in caught.value.message
+    assert "not yet seen by bob, root: item 2." in caught.value.message
+    annotate(cfg, "root", answer=skip)
+    annotate(cfg, "bob")
+    result = label(cfg)
+    counts = result.report["counts"]
+    assert len(result.train) + len(result.heldout) == 5
+    assert (counts["items_left_out"], counts["items_skipped_by_all"]) == (1, 1)
+    assert first.key not in {line["item"] for line in result.judgments}
+
+
+def test_who_labels_alone_skips_for_everybody(stage: Any) -> None:
+    cfg = stage(queue={"kind": "ranking"})
+    with pytest.raises(LabelsPending):
+        label(cfg)
+    annotate(cfg, "local", most=6, answer=skip)
+    with pytest.raises(LabelsPending, match="0 of 6 items are labeled, 6 were skipped by everybody; no item") as caught:
+        label(cfg)
+    assert f"rlhf label invite {cfg.project}" in caught.value.fix
+    annotate(cfg, "another", most=6)
+    assert label(cfg).report["counts"]["items_skipped_by_all"] == 0
+
+
+def test_items_that_nobody_is_left_to_judge_once_more_are_named(stage: Any) -> None:
+    cfg = stage(queue={"kind": "ranking"}, judgments_per_item=2)
+    with pytest.raises(LabelsPending):
+        label(cfg)
+    annotate(cfg, "ann")
+    with pytest.raises(LabelsPending) as caught:
+        label(cfg)
+    assert caught.value.message == (
+        "0 of 6 items are labeled; the others wait for people. "
+        "Answered by everybody, with fewer judgments than asked for: items 1, 2, 3, 4, 5, 6."
+    )
+    assert f"invite another annotator with `rlhf label invite {cfg.project}`" in caught.value.fix
 
 
 def test_judges_and_repeats_do_not_count(stage: Any) -> None:

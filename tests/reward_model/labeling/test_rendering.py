@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reward_model.labeling import rendering
 from reward_model.labeling.records import Answer
 from reward_model.labeling.rendering import MAX_MARKDOWN, TAGS, markdown_html, task_json
 from reward_model.labeling.store import Task
@@ -169,6 +170,7 @@ def test_a_task_as_json_is_blind_and_shows_texts_twice() -> None:
         "responses": [{"html": "<p>&lt;b&gt;</p>\n", "text": "<b>"}, {"html": "<p>two</p>\n", "text": "two"}],
         "lease_expires_ms": 1000,
         "previous": None,
+        "passed_over": 0,
     }
 
 
@@ -184,3 +186,33 @@ def test_a_plain_prompt_is_one_turn_and_what_was_chosen_comes_along() -> None:
 def test_json_can_be_sent_whatever_the_characters(text: str) -> None:
     content = task_json(task(prompt=text, responses=[text, text]))
     json.dumps(content, ensure_ascii=False).encode("utf-8")
+
+
+def test_what_is_kept_of_rendered_texts_is_bounded_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = []
+
+    def render(text: str) -> str:
+        rendered.append(text)
+        return text * 2
+
+    monkeypatch.setattr(rendering, "render", render)
+    texts = rendering.RenderedTexts(limit=90)
+    a, b, c = "a" * 10, "b" * 10, "c" * 10
+    for text in (a, b, a, c, a):
+        assert texts(text) == text * 2
+    assert (rendered, texts.characters) == ([a, b, c], 90)
+    assert texts("d") == "dd"
+    assert texts.characters == 63, "b, not used for the longest time, has left"
+    texts(a)
+    texts(c)
+    assert rendered == [a, b, c, "d"]
+    assert texts("e" * 31) == "e" * 62
+    assert texts.characters == 63, "longer than all that may be kept: nothing leaves for it"
+    texts(b)
+    assert (rendered[-1], texts.characters) == (b, 63 - 3 + 30)
+
+
+def test_hundreds_of_long_texts_leave_memory_free() -> None:
+    for number in range(400):
+        rendering.markdown_html(f"{number} " + "&" * rendering.MAX_MARKDOWN)
+    assert rendering.markdown_html.characters <= 16_000_000

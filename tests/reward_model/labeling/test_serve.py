@@ -12,13 +12,15 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 from label_client import Web
 from typer.testing import CliRunner
 
-from reward_model.labeling import serve
+from reward_model.labeling import links, serve
+from reward_model.labeling.security import check_host
 from rlhf import cli, config
 from rlhf.config_labeling import ServeConfig
 from rlhf.errors import ConfigError
@@ -119,14 +121,57 @@ def test_a_bind_to_all_of_ipv6_is_one_to_ipv4_too() -> None:
     ("settings", "url"),
     [
         ({}, "http://127.0.0.1:5"),
-        ({"host": "0.0.0.0"}, "http://127.0.0.1:5"),
-        ({"host": "::"}, "http://[::1]:5"),
         ({"host": "localhost"}, "http://localhost:5"),
         ({"public_url": "https://labels.example.org/"}, "https://labels.example.org"),
     ],
 )
 def test_the_url_is_one_to_open(settings: dict[str, Any], url: str) -> None:
-    assert serve.url_of(ServeConfig(accounts=True, **settings), 5) == url
+    assert links.url_of(ServeConfig(accounts=True, **settings), 5) == url
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_the_url_of_a_bind_to_all_addresses_is_one_of_this_machine(host: str) -> None:
+    if host == "::" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    cfg = ServeConfig(accounts=True, host=host, port=0)
+    with serve.listen(cfg) as listener:
+        url = links.url_of(cfg, listener.getsockname()[1])
+        parts = urlsplit(url)
+        assert parts.hostname
+        check_host(parts.netloc, cfg)
+        with socket.create_connection((parts.hostname, parts.port or 80), timeout=5) as came:
+            ours = listener.accept()[0]
+            assert ours.getpeername()[1] == came.getsockname()[1]
+            ours.close()
+
+
+def test_where_a_machine_knows_no_way_to_others_its_url_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(links.socket.socket, "connect", unreachable)
+    for host, url in {"0.0.0.0": "http://127.0.0.1:5", "::": "http://[::1]:5"}.items():
+        cfg = ServeConfig(accounts=True, host=host)
+        assert links.url_of(cfg, 5) == url
+        assert links.note_of(cfg, url).startswith(f"links to {url} work on this machine alone; for others, set ")
+
+
+def test_for_whom_a_link_works() -> None:
+    public = ServeConfig(accounts=True, public_url="https://labels.example.org")
+    assert links.note_of(public, "https://labels.example.org") == ""
+    told = links.note_of(ServeConfig(accounts=True, host="0.0.0.0"), "http://10.0.0.7:5")
+    assert told == "if others cannot open http://10.0.0.7:5, set serve.public_url to the address that they open"
+
+
+def test_no_invite_to_a_port_that_nobody_knows_yet(project: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["label", "invite", project])
+    assert done.exit_code == 2
+    assert "serve.port is 0" in done.output
+    assert "serve.port=8420" in done.output
+    assert not (tmp_path / "labels").exists(), "no invite is made that nobody can take"
+    done = CliRunner().invoke(cli.app, ["label", "invite", project, "serve.port=8420"])
+    assert re.match(r"http://127\.0\.0\.1:8420/invite/\S+\nfor one annotator, ", done.output)
+    assert "work on this machine alone" in done.output
 
 
 @pytest.mark.parametrize("command", [["serve"], ["invite", "--role", "viewer"]])

@@ -68,6 +68,7 @@ class Model:
     wanted: list[int]
     shown: dict[int, Shown] = field(default_factory=dict)
     held: dict[int, str] = field(default_factory=dict)  # item -> flagged or retired
+    settled: dict[int, int] = field(default_factory=dict)  # item -> how many rows there were when it was reopened
     stands: dict[int, tuple[int, Click]] = field(default_factory=dict)  # assignment -> when, what
     rows: int = 0
     served: Counter[int] = field(default_factory=Counter)
@@ -217,20 +218,25 @@ class Session:
         if not own:
             assert self.store.undo(user) is None
             return
-        _, click, s = max(own, key=lambda entry: entry[0])
-        held = dict(m.held)
-        if click[0] == "flag" and m.held.get(s.item) == "flagged":
-            others = [c for a, (_, c) in m.stands.items() if m.shown[a].item == s.item and m.shown[a] is not s]
-            if not any(other[0] == "flag" for other in others):
-                del m.held[s.item]
-        if s.state == "passed" and not m.free(s):
-            m.held = held
-            with pytest.raises(LeaseError):
+        own.sort(key=lambda entry: entry[0], reverse=True)
+        gone = next((n for n, (_, _, s) in enumerate(own) if s.state == "done" or m.free(s)), None)
+        if gone is None:
+            with pytest.raises(LeaseError, match="cannot come back"):
                 self.store.undo(user)
             return
+        _, click, s = own[gone]
+        if click[0] == "flag" and m.held.get(s.item) == "flagged":
+            others = [
+                c
+                for a, (when, c) in m.stands.items()
+                if m.shown[a].item == s.item and m.shown[a] is not s and when > m.settled.get(s.item, 0)
+            ]
+            if not any(other[0] == "flag" for other in others):
+                del m.held[s.item]
         task = self.store.undo(user)
         assert task is not None
         assert (task.assignment_id, task.responses) == (s.task.assignment_id, s.task.responses)
+        assert task.passed_over == gone
         assert task.previous is not None
         assert meaning(task, task.previous) == click
         if s.state == "done" and not s.repeat:
@@ -257,6 +263,7 @@ class Session:
         else:
             moderation.reopen(self.store, admin(self.store), self.ids[item])
             self.model.held.pop(item, None)
+            self.model.settled[item] = self.model.rows
 
     def check(self) -> None:
         """Nothing lost, nothing doubled, nothing beyond what was wanted."""

@@ -23,6 +23,7 @@ TEXT = [
 ]
 TEXT += [("a", "sheet"), ("a", "ground"), ("b", "sheet"), ("ink", "a-mark"), ("ink", "b-mark"), ("ink", "a-tint")]
 TEXT += [("ink", "b-tint"), ("on-action", "action"), ("ink", "warn-tint"), ("ink", "bad-tint"), ("bad", "sheet")]
+TEXT += [("bad", "bad-tint")]
 SHAPES = [
     ("edge", "sheet"),
     ("edge", "ground"),

@@ -16,6 +16,7 @@ ROLES = ("nobody", "viewer", "annotator", "admin")
 TABLE: dict[tuple[str, str], tuple[int, int, int, int]] = {
     ("GET", "/"): (303, 303, 200, 200),
     ("GET", "/healthz"): (200, 200, 200, 200),
+    ("HEAD", "/healthz"): (200, 200, 200, 200),
     ("GET", "/login"): (200, 303, 303, 303),
     ("POST", "/login"): (401, 401, 401, 401),
     ("POST", "/logout"): (401, 303, 303, 303),
@@ -88,8 +89,8 @@ def csrf_for(browser: Browser, role: str, path: str) -> str:
 def ask(browser: Browser, method: str, path: str, csrf: str, **headers: str) -> Any:
     url = path.format(token="no-such-token", user_id=999, item_id=999, invite_id=999)
     headers = {"Origin": browser.origin} | headers
-    if method == "GET":
-        return browser.http.get(url, headers=headers)
+    if method in ("GET", "HEAD"):
+        return browser.http.request(method, url, headers=headers)
     if path.startswith("/api/"):
         return browser.http.post(url, json=BODIES[path], headers={"X-CSRF-Token": csrf.encode()} | headers)
     return browser.http.post(url, data={"csrf_token": csrf} | FORMS.get(path, {}), headers=headers)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from label_client import Browser, Web, candidates, log_in
 
-from reward_model.labeling import figures
+from reward_model.labeling import figures, links
 from reward_model.labeling.figures import DAY_MS, HOUR_MS, Agreement, Period
 from reward_model.labeling.records import Answer, Item
 
@@ -285,6 +285,20 @@ def test_an_invite_link_is_shown_once_and_works(web: Web) -> None:
     page = root.get("/admin").text
     assert link[1] not in page
     assert re.search(r"viewer, by <bdi>root</bdi>, until 2027-01-22 08:00 UTC", page)
+
+
+def test_an_admin_who_sits_at_the_server_gets_a_link_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "_own_address", lambda _: "10.0.0.7")
+    web = Web(tmp_path, serve={"host": "0.0.0.0"})
+    page = web.invited("root", "admin").form("/admin/invites", {"role": "viewer"}).text
+    assert re.search(r">http://10\.0\.0\.7:8420/invite/[\w-]{43}<", page)
+    assert "If others cannot open http://10.0.0.7:8420, set serve.public_url" in page
+    far = web.invited("far", "admin", base="http://172.16.0.9:8420")
+    page = far.form("/admin/invites", {"role": "viewer"}).text
+    assert re.search(r">http://172\.16\.0\.9:8420/invite/[\w-]{43}<", page), "as this admin came"
+    web.store.close()
 
 
 def test_accounts_and_figures_work_on_postgresql_too(

@@ -11,10 +11,12 @@ import pytest
 from fastapi.testclient import TestClient
 from label_client import ORIGIN, Browser, Web, candidates
 from pydantic import ValidationError
+from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 from starlette.requests import Request
 
 from reward_model.labeling import security
+from reward_model.labeling.database import trouble_of
 from reward_model.labeling.records import Item
 from reward_model.labeling.security import RateLimiter, Refused, address_of, check_bind, check_host, origin_of
 from rlhf.config_labeling import ServeConfig
@@ -356,6 +358,57 @@ def test_a_database_that_is_busy_is_said(local: Web, monkeypatch: pytest.MonkeyP
     answer = local.browser().get("/api/task")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
     assert answer.json() == {"error": "the database is busy", "fix": "try again in a few seconds"}
+
+
+def on_every_connection(web: Web, statement: str) -> None:
+    event.listen(web.store.engine, "checkout", lambda connection, *_: connection.execute(statement))
+
+
+def test_a_full_disk_is_said_and_what_was_stored_stays(local: Web, caplog: pytest.LogCaptureFixture) -> None:
+    browser = local.browser()
+    local.add_pairs(40)
+    on_every_connection(local, "PRAGMA max_page_count = 1")  # SQLite takes the size that the file has
+    answers = []
+    while not answers or answers[-1].status_code == 200:
+        assert len(answers) < 40, "it is never full: is this test still one?"
+        lease = browser.get("/api/task")
+        answers.append(browser.judge(notes="n" * 2000) if lease.status_code == 200 else lease)
+    assert (answers[-1].status_code, answers[-1].headers["retry-after"]) == (503, "30")
+    assert answers[-1].json()["error"] == "the database cannot be written: its disk is full"
+    assert answers[-1].json()["fix"].startswith("tell the admin")
+    assert "free some space where the database is" in caplog.text
+    assert len(local.store.judgments()) == len(answers) - 1
+
+
+def test_a_read_only_database_is_said(local: Web, caplog: pytest.LogCaptureFixture) -> None:
+    browser = local.browser()
+    assert browser.get("/api/task").status_code == 200
+    on_every_connection(local, "PRAGMA query_only = ON")
+    answer = browser.get("/api/task")
+    assert (answer.status_code, answer.json()["error"]) == (503, "the database cannot be written: it is read-only")
+    assert "mount its disk for writing" in caplog.text
+    assert browser.get("/healthz").status_code == 200, "it can be read"
+
+
+def test_a_read_only_postgresql_is_said(
+    postgres: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LABELS_DATABASE", postgres.database())
+    web = Web(tmp_path, database_env="LABELS_DATABASE", serve={"accounts": False})
+    browser = web.browser()
+    assert browser.get("/api/task").status_code == 200
+    on_every_connection(web, "SET TRANSACTION READ ONLY")
+    answer = browser.get("/api/task")
+    assert (answer.status_code, answer.json()["error"]) == (503, "the database cannot be written: it is read-only")
+    assert "point database_env to the primary server" in caplog.text
+    web.store.close()
+
+
+def test_a_full_disk_of_postgresql_is_known_by_its_code() -> None:
+    psycopg = pytest.importorskip("psycopg")
+    full = OperationalError("INSERT", {}, psycopg.errors.DiskFull("could not extend file"))
+    assert trouble_of(full) == ("its disk is full", "free some space where the database is")
+    assert trouble_of(OperationalError("INSERT", {}, psycopg.errors.DeadlockDetected("deadlock"))) is None
 
 
 @pytest.mark.parametrize(
