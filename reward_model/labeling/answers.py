@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sqlalchemy import ColumnElement, bindparam, func, select
+from sqlalchemy import ColumnElement, and_, bindparam, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from reward_model.labeling.design import gold_is_right, repeat_is_drawn
@@ -19,7 +19,6 @@ from reward_model.labeling.serving import (
     locked_assignment,
     locked_user,
     reclaim,
-    take_place,
     task_of,
 )
 from rlhf.config_labeling import LabelingStage
@@ -30,9 +29,6 @@ MAX_NOTES = 2_000
 
 MAX_MS = 2**31 - 1
 """Of the time on an item, 24 days: what a column of 32 bits holds."""
-
-MAX_ID = 2**31 - 1
-"""Above every row's id."""
 
 DECIDING = ("compare", "rank", "both_bad")
 
@@ -168,18 +164,14 @@ def undo_last(session: Session, cfg: LabelingStage, user_id: int, now_ms: int) -
 
     Raises:
         LabelError: the annotator is paused.
-        LeaseError: nothing is left but such skips and flags.
+        LeaseError: nothing is left but such skips and flags, or the place went to somebody else just now.
     """
     user = locked_user(session, user_id)
     if user.paused:
         raise LabelError(f"nothing can be undone now: {user.paused}", fix="ask an admin")
-    passed_over, before = 0, MAX_ID
-    while last := session.scalar(_LAST_STANDING, {"user": user_id, "before": before}):
-        assignment, item = locked_assignment(session, user_id, last.assignment_id)
-        if last.choice in DECIDING or take_place(assignment, item):
-            break
-        passed_over, before = passed_over + 1, last.id
-    else:
+    last = session.scalar(_LAST_TO_UNDO, {"user": user_id})
+    passed_over = session.scalar(_STANDING_SINCE, {"user": user_id, "id": last.id if last else 0}) or 0
+    if last is None:
         if passed_over:
             raise LeaseError(
                 "what you skipped or flagged last cannot come back: others have judged it meanwhile, or an admin has "
@@ -187,11 +179,14 @@ def undo_last(session: Session, cfg: LabelingStage, user_id: int, now_ms: int) -
                 fix="go on with the next item",
             )
         return None
+    assignment, item = locked_assignment(session, user_id, last.assignment_id)
     if last.choice in DECIDING:
         user.judged -= 1
         _forget_repeat(session, assignment)
-    elif last.choice == "flag" and item.state == "flagged" and not _others_flagged(session, last, item):
-        reopen(item)
+    else:
+        if last.choice == "flag" and item.state == "flagged" and not _others_flagged(session, last, item):
+            reopen(item)
+        reclaim(assignment, item)
     store_answer(session, assignment, Answer("undo"), f"undo-{last.id}", now_ms)
     assignment.shown_ms = now_ms
     extend(assignment, cfg, now_ms)
@@ -205,13 +200,25 @@ def stands() -> tuple[ColumnElement[bool], ...]:
     return JudgmentRow.choice != "undo", ~superseded
 
 
-_LAST_STANDING = (
+# Judgments of this user that stand, and were not recorded by a program. One that decides holds its place; a skip or a
+# flag can be taken back as long as `serving.take_place` would find one.
+_OWN = (*stands(), AssignmentRow.user_id == bindparam("user"), AssignmentRow.shown_ms.is_not(None))
+_HAS_PLACE = and_(
+    ItemRow.state != "retired", or_(AssignmentRow.presentation != 0, ItemRow.is_gold, ItemRow.taken < ItemRow.wanted)
+)
+_LAST_TO_UNDO = (
     select(JudgmentRow)
     .join(AssignmentRow, AssignmentRow.id == JudgmentRow.assignment_id)
-    .where(*stands(), JudgmentRow.id < bindparam("before"))
-    .where(AssignmentRow.user_id == bindparam("user"), AssignmentRow.shown_ms.is_not(None))
+    .join(ItemRow, ItemRow.id == AssignmentRow.item_id)
+    .where(*_OWN, or_(JudgmentRow.choice.in_(DECIDING), _HAS_PLACE))
     .order_by(JudgmentRow.id.desc())
     .limit(1)
+)
+_STANDING_SINCE = (
+    select(func.count())
+    .select_from(JudgmentRow)
+    .join(AssignmentRow, AssignmentRow.id == JudgmentRow.assignment_id)
+    .where(*_OWN, JudgmentRow.id > bindparam("id"))
 )
 
 

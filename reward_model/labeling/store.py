@@ -187,7 +187,7 @@ class LabelStore:
 
         Raises:
             LabelError: the annotator is paused.
-            LeaseError: nothing is left but such skips and flags.
+            LeaseError: nothing is left but such skips and flags, or the place went to somebody else just now.
         """
         with self.begin() as session:
             return answers.undo_last(session, self.cfg, user_id, self.clock())

@@ -36,7 +36,7 @@ def test_a_task_holds_texts_alone(project: Any, make_items: Any) -> None:
     assert sorted(task.responses) == ["p0/0", "p0/1"]
     assert task.lease_expires_ms == project.clock.ms + 3 * 60_000
     assert set(vars(task)) == {
-        "assignment_id", "item_id", "kind", "prompt", "responses", "lease_expires_ms", "previous",
+        "assignment_id", "item_id", "kind", "prompt", "responses", "lease_expires_ms", "previous", "passed_over",
     }  # fmt: skip
 
 
