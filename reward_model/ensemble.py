@@ -72,31 +72,56 @@ def member_weights(groups: Sequence[str], members: int, seed: int) -> Tensor:
     return torch.tensor(rows).reshape(len(groups), members)
 
 
-class HeadEnsemble(nn.Module):
-    """M linear heads that read the states of one scalar model; its own head is their mean, once they have learned."""
+class _Members(nn.Module):
+    """What both kinds of ensembles have: M members with a mean each and one unit."""
 
     means_M: Tensor
     std: Tensor
 
+    def __init__(self, members: int, aggregate: Aggregate) -> None:
+        super().__init__()
+        self.members = members
+        self.aggregate = aggregate
+        self.register_buffer("means_M", torch.zeros(members), persistent=False)
+        self.register_buffer("std", torch.tensor(1.0), persistent=False)
+
+    def score_last(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Every member's normalised score at the last real token, [B, M]."""
+        return at_last_token(self(tokens_BT, attention_mask_BT), attention_mask_BT)
+
+    def set_normalisation(self, means: Sequence[float], std: float) -> None:
+        """From now on member m's scores are (raw - means[m]) / std."""
+        self.means_M.copy_(torch.tensor(means))
+        self.std.fill_(std)
+
+    def _describe(self, folder: Path, kind: str, *, plain: str) -> None:
+        found = {
+            "kind": kind,
+            "members": self.members,
+            "aggregate": self.aggregate.kind,
+            "coef": self.aggregate.coef,
+            "means": self.means_M.tolist(),
+            "std": float(self.std),
+            "plain": f"the model in this folder is {plain}",
+        }
+        (folder / DESCRIPTION).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+class HeadEnsemble(_Members):
+    """M linear heads that read the states of one scalar model; its own head is their mean, once they have learned."""
+
     def __init__(self, scalar: ScalarModel, heads_MH: Tensor, aggregate: Aggregate, handle: Any = None) -> None:
         """`handle`: what `apply_tuning` gave for the model, to end training."""
-        super().__init__()
+        super().__init__(len(heads_MH), aggregate)
         self.scalar = scalar
         self._handle = (handle,)  # in a tuple: it is no further part of this module
         self.score = nn.Linear(heads_MH.shape[1], len(heads_MH), bias=False, device=heads_MH.device)
         self.score.weight.data = heads_MH.float()
-        self.aggregate = aggregate
-        self.register_buffer("means_M", torch.zeros(len(heads_MH)), persistent=False)
-        self.register_buffer("std", torch.tensor(1.0), persistent=False)
 
     @property
     def handle(self) -> Any:
         """What `apply_tuning` gave."""
         return self._handle[0]
-
-    @property
-    def members(self) -> int:
-        return self.score.out_features
 
     @property
     def passes(self) -> int:
@@ -112,14 +137,6 @@ class HeadEnsemble(nn.Module):
         """Every member's normalised score after every token, float32, [B, T, M]; masks as `hidden_states`."""
         raw_BTM = read_with(self.score, self.scalar.states(tokens_BT, attention_mask, positions_BT))
         return (raw_BTM - self.means_M) / self.std
-
-    def score_last(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """Every member's normalised score at the last real token, [B, M]."""
-        return at_last_token(self(tokens_BT, attention_mask_BT), attention_mask_BT)
-
-    def set_normalisation(self, means: Sequence[float], std: float) -> None:
-        """From now on member m's scores are (raw - means[m]) / std."""
-        _normalise(self, means, std)
 
     @property
     def plain_mean(self) -> float:
@@ -144,27 +161,17 @@ class HeadEnsemble(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the members beside the plain model."""
         save_file({"weight": self.score.weight.detach().cpu().contiguous()}, folder / HEADS, metadata={"format": "pt"})
-        _describe(folder, self, "heads", plain="the mean of the members")
+        self._describe(folder, "heads", plain="the mean of the members")
 
 
-class AdapterEnsemble(nn.Module):
+class AdapterEnsemble(_Members):
     """M scalar models over the same frozen tensors, each with an adapter and a head of its own."""
-
-    means_M: Tensor
-    std: Tensor
 
     def __init__(self, scalars: Sequence[ScalarModel], aggregate: Aggregate, handles: Sequence[Any] = ()) -> None:
         """`handles`: what `apply_tuning` gave for each, to `save` them."""
-        super().__init__()
+        super().__init__(len(scalars), aggregate)
         self.scalars = nn.ModuleList(scalars)
-        self.aggregate = aggregate
         self.handles = handles
-        self.register_buffer("means_M", torch.zeros(len(scalars)), persistent=False)
-        self.register_buffer("std", torch.tensor(1.0), persistent=False)
-
-    @property
-    def members(self) -> int:
-        return len(self.scalars)
 
     @property
     def passes(self) -> int:
@@ -180,14 +187,6 @@ class AdapterEnsemble(nn.Module):
         """As `HeadEnsemble.forward`."""
         raw = [scalar(tokens_BT, attention_mask, positions_BT) for scalar in self.scalars]
         return (torch.stack(raw, dim=2) - self.means_M) / self.std
-
-    def score_last(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """As `HeadEnsemble.score_last`."""
-        return at_last_token(self(tokens_BT, attention_mask_BT), attention_mask_BT)
-
-    def set_normalisation(self, means: Sequence[float], std: float) -> None:
-        """From now on member m's scores are (raw - means[m]) / std."""
-        _normalise(self, means, std)
 
     @property
     def plain_mean(self) -> float:
@@ -216,28 +215,10 @@ class AdapterEnsemble(nn.Module):
         for i, (scalar, handle) in enumerate(zip(self.scalars, self.handles, strict=True)):
             classifier: Any = scalar.classifier
             save_adapter(handle, folder / MEMBERS / str(i), head=classifier.score)
-        _describe(folder, self, "adapters", plain="the first member")
+        self._describe(folder, "adapters", plain="the first member")
 
 
 Ensemble = HeadEnsemble | AdapterEnsemble
-
-
-def _normalise(ensemble: Ensemble, means: Sequence[float], std: float) -> None:
-    ensemble.means_M.copy_(torch.tensor(means))
-    ensemble.std.fill_(std)
-
-
-def _describe(folder: Path, ensemble: Ensemble, kind: str, *, plain: str) -> None:
-    described = {
-        "kind": kind,
-        "members": ensemble.members,
-        "aggregate": ensemble.aggregate.kind,
-        "coef": ensemble.aggregate.coef,
-        "means": ensemble.means_M.tolist(),
-        "std": float(ensemble.std),
-        "plain": f"the model in this folder is {plain}",
-    }
-    (folder / DESCRIPTION).write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
 # --- made for training ---------------------------------------------------------------------------------------

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from typing import Any
 
+from faulty_server import FaultyHandler, FaultyServer
 from rich.console import Console
-from scripted_server import running
 
 from reward_model.labeling.judge import Contest, Judge, Judged
 from reward_model.labeling.judge_report import judge_report
@@ -33,7 +31,7 @@ def words_better(first: str, second: str) -> str:
     return "A" if len(set(first.split())) > len(set(second.split())) else "B"
 
 
-class JudgeServer(ThreadingHTTPServer):
+class JudgeServer(FaultyServer):
     """Answers every question with `judge(first, second)`, a text or the log-probabilities of A and B.
 
     A request for which `script` holds a fault gets that instead: a status, or (status, headers); `slow`, `drip`,
@@ -41,30 +39,21 @@ class JudgeServer(ThreadingHTTPServer):
     text), `null`, `refusal`, `filter`, `cut`; or a function of the two responses that gives one of these, or None.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.judge: Callable[[str, str], Any] = words_better
-        self.script: list[Any] = []
-        self.always: Any = None
         self.message = "sorry"
         self.usage: dict[str, Any] | None = {"prompt_tokens": 100, "completion_tokens": 1}
         self.delay_s = 0.0
         self.asked: list[tuple[str, str]] = []
         self.bodies: list[dict[str, Any]] = []
-        self.headers: list[Any] = []
         self.times: list[float] = []
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
-        self.stopping = threading.Event()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that gave up are what is tested."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(FaultyHandler):
     server: JudgeServer
 
     def do_POST(self) -> None:
@@ -78,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.headers.append(self.headers)
             server.busy += 1
             server.most_busy = max(server.most_busy, server.busy)
-            fault = server.script.pop(0) if server.script else server.always
+            fault = server.next_fault()
         try:
             server.stopping.wait(server.delay_s)
             self.reply_to(fault(first, second) if callable(fault) else fault, first, second)
@@ -119,14 +108,6 @@ class _Handler(BaseHTTPRequestHandler):
         content = wrong.get(str(fault), json.dumps(completion).encode())
         self.reply(content, headers={"Content-Type": "text/html"} if fault == "html" else {})
 
-    def fail(self, fault: str) -> None:
-        self.close_connection = True
-        while fault == "drip" and not self.server.stopping.wait(0.02):
-            self.wfile.write(b"HTTP/1.0 200 OK\r\n" if not hasattr(self, "began") else b"x")
-            self.began = True
-        if fault == "slow":
-            self.server.stopping.wait(30)
-
     def reply(self, content: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
@@ -134,9 +115,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
 
 def top(logprobs: dict[str, float]) -> list[dict[str, Any]]:
@@ -154,16 +132,6 @@ def responses_in(body: dict[str, Any]) -> tuple[str, str]:
     text = body["messages"][-1]["content"]
     found = [re.search(BLOCK.format(name=name), text, re.DOTALL) for name in "AB"]
     return found[0][2], found[1][2]  # type: ignore[index]
-
-
-@contextlib.contextmanager
-def judging() -> Iterator[JudgeServer]:
-    """A running judge; stopped at the end."""
-    with JudgeServer() as server, running(server):
-        try:
-            yield server
-        finally:
-            server.stopping.set()
 
 
 def contests(n: int = 4, k: int = 2) -> list[Contest]:

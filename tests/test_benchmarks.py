@@ -8,7 +8,6 @@ import json
 import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,25 +15,14 @@ import pytest
 FOLDER = Path(__file__).parent / "benchmarks"
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`load("harness")`: a module of tests/benchmarks."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-    def find(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return find
-
-
-def test_a_ratio_above_one_is_in_our_favour(load: Any) -> None:
-    row = load("harness").row
+def test_a_ratio_above_one_is_in_our_favour(load_benchmark: Any) -> None:
+    row = load_benchmark("harness").row
     assert row("speed", "samples/s", 6.0, 2.0)["ratio"] == 3.0
     assert row("memory", "GB", 2.0, 6.0, lower_is_better=True)["ratio"] == 3.0
 
 
-def test_rows_of_another_architecture_stand_in_a_table_of_their_own(load: Any, tmp_path: Path) -> None:
-    harness = load("harness")
+def test_rows_of_another_architecture_stand_in_a_table_of_their_own(load_benchmark: Any, tmp_path: Path) -> None:
+    harness = load_benchmark("harness")
     rows = [
         harness.row("full", "samples/s", 6, 2),
         harness.row("lora", "samples/s", 8, 2, group="other"),
@@ -54,15 +42,15 @@ def test_rows_of_another_architecture_stand_in_a_table_of_their_own(load: Any, t
     assert "old" not in readme.read_text()
 
 
-def test_the_published_table_is_that_of_the_result_files(load: Any, tmp_path: Path) -> None:
+def test_the_published_table_is_that_of_the_result_files(load_benchmark: Any, tmp_path: Path) -> None:
     copy = tmp_path / "README.md"
     copy.write_text((FOLDER / "README.md").read_text())
-    load("harness").write_table(copy)
+    load_benchmark("harness").write_table(copy)
     assert copy.read_text() == (FOLDER / "README.md").read_text()
 
 
-def test_only_sides_that_the_configuration_knows_exist(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sides = load("sides")
+def test_only_sides_that_the_configuration_knows_exist(load_benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = load_benchmark("sides")
     table = {
         "full": sides.Side("", (), "same"),
         "lora": sides.Side("", ("tuning.kind=lora",), "other"),
@@ -78,24 +66,24 @@ def reports(speed: float, **more: float) -> list[dict[str, float]]:
     return [{"samples_per_s": speed, "tokens_per_s": 10 * speed, "peak_rss_gb": 4.0, **more}]
 
 
-def test_rows_of_ppo_and_memory(load: Any) -> None:
+def test_rows_of_ppo_and_memory(load_benchmark: Any) -> None:
     args = argparse.Namespace(sides=["separate", "lora"], prompts="equal", epochs=2)
     found = {"separate": reports(2), "lora": reports(3, peak_rss_gb=1.0), "peer": reports(1)}
-    speed = load("bench_ppo").rows(args, found)
+    speed = load_benchmark("bench_ppo").rows(args, found)
     assert [(r["unit"], r["ours"], r["ratio"], r["group"]) for r in speed] == [
         ("samples/s", 2, 2, "same"),
         ("tokens/s", 20, 2, "same"),
         ("samples/s", 3, 3, "other"),
         ("tokens/s", 30, 3, "other"),
     ]
-    memory = load("bench_memory").rows(args, found)
+    memory = load_benchmark("bench_memory").rows(args, found)
     assert [(r["ours"], r["peer"], r["ratio"]) for r in memory] == [(4, 4, 1), (1, 4, 4)]
 
 
 def test_memory_uses_reports_of_the_same_setting_and_commit_alone(
-    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory, sides = load("bench_memory"), load("sides")
+    memory, sides = load_benchmark("bench_memory"), load_benchmark("sides")
     monkeypatch.setattr(memory, "machine", lambda: {"commit": "abc"})
     args = argparse.Namespace(sides=["separate"], prompts="equal", epochs=4, updates=1)
     assert memory.reusable(args, tmp_path) is None
@@ -128,10 +116,10 @@ def config_alone(name: str, folder: Path) -> tuple[str, str]:
 
 
 def test_the_plan_is_within_its_tolerance_of_the_recorded_peaks(
-    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Today's formulas against the peaks that bench_plan measured."""
-    bench = load("bench_plan")
+    bench = load_benchmark("bench_plan")
     monkeypatch.setattr(bench, "models", config_alone)
     record = json.loads((FOLDER / "results" / "plan_memory.json").read_text())
     peaks = {row["measure"].removeprefix("peak memory, "): row["peer"] for row in record["rows"]}
@@ -159,14 +147,14 @@ def test_the_plan_is_within_its_tolerance_of_the_recorded_peaks(
         "ZeRO-2 x 2, hydra",
     ],
 )
-def test_the_plan_is_within_its_tolerance_of_a_run(load: Any, tmp_path: Path, name: str) -> None:
-    bench = load("bench_plan")
+def test_the_plan_is_within_its_tolerance_of_a_run(load_benchmark: Any, tmp_path: Path, name: str) -> None:
+    bench = load_benchmark("bench_plan")
     setting = bench.SETTINGS[name]
     assert bench.predict(setting, tmp_path) == pytest.approx(bench.measure(setting, tmp_path), rel=bench.TOLERANCE)
 
 
-def test_the_published_plans_are_those_of_the_command(load: Any, tmp_path: Path) -> None:
-    bench = load("bench_plan")
+def test_the_published_plans_are_those_of_the_command(load_benchmark: Any, tmp_path: Path) -> None:
+    bench = load_benchmark("bench_plan")
     copy = tmp_path / "README.md"
     copy.write_text((bench.ROOT / "launch" / "README.md").read_text())
     bench.write_tables(copy, tmp_path)
@@ -199,8 +187,8 @@ def made_up_runs(out: Path) -> None:
     (out / "hydra-4" / "metrics.jsonl").write_text("")  # has only begun
 
 
-def test_the_picture_has_a_line_per_seed_and_a_colour_per_mode(load: Any, tmp_path: Path) -> None:
-    curves = load("reward_curves")
+def test_the_picture_has_a_line_per_seed_and_a_colour_per_mode(load_benchmark: Any, tmp_path: Path) -> None:
+    curves = load_benchmark("reward_curves")
     made_up_runs(tmp_path)
     read = {mode: curves.read(mode, tmp_path) for mode in curves.SIDES}
     assert [len(seeds) for seeds in read.values()] == [3, 3, 3]
@@ -216,9 +204,9 @@ def test_the_picture_has_a_line_per_seed_and_a_colour_per_mode(load: Any, tmp_pa
     assert "episodes" in text
 
 
-def test_the_record_of_the_curves_says_what_was_run(load: Any, tmp_path: Path) -> None:
+def test_the_record_of_the_curves_says_what_was_run(load_benchmark: Any, tmp_path: Path) -> None:
     made_up_runs(tmp_path)
-    runs = load("reward_curves").recorded(tmp_path)
+    runs = load_benchmark("reward_curves").recorded(tmp_path)
     assert len(runs) == 9
     run = runs["hydra-2"]
     assert (run["commit"], run["setting"]["sharing"], run["setting"]["optim"]) == ("abc", "hydra", {"lr": 1e-4})
@@ -227,22 +215,22 @@ def test_the_record_of_the_curves_says_what_was_run(load: Any, tmp_path: Path) -
     assert (len(run["reward"]), run["reward"][0], run["kl"][0]) == (20, round(1.5 * (1 - math.exp(-0.2)) + 0.2, 4), 4.0)
 
 
-def test_a_legend_by_hand(load: Any) -> None:
-    ends = load("reward_curves").ends
+def test_a_legend_by_hand(load_benchmark: Any) -> None:
+    ends = load_benchmark("reward_curves").ends
     flat = [[(step, value) for step in range(9)] for value in (1.0, 2.0, 6.0)]
     assert ends("lora", flat, flat[1:2]) == "lora: 3 (3 seeds, 1 to 6), KL 2.0"
     assert ends("lora", flat[:1], flat) == "lora: 1 (1 seed), KL 3.0"
 
 
-def test_gold_at_equal_kl_is_read_off_in_order_of_kl(load: Any) -> None:
-    online = load("online_rounds")
+def test_gold_at_equal_kl_is_read_off_in_order_of_kl(load_benchmark: Any) -> None:
+    online = load_benchmark("online_rounds")
     curve = [(0.0, 0.0), (4.0, 2.0), (2.0, 1.0), (8.0, 4.0)]
     for kl, gold in ((-1.0, 0.0), (3.0, 1.5), (6.0, 3.0), (9.0, 4.0)):
         assert online.gold_at(curve, kl) == pytest.approx(gold)
 
 
-def test_a_round_is_compared_where_it_ends_with_the_other_arm_at_that_kl(load: Any) -> None:
-    online = load("online_rounds")
+def test_a_round_is_compared_where_it_ends_with_the_other_arm_at_that_kl(load_benchmark: Any) -> None:
+    online = load_benchmark("online_rounds")
     theirs = {seed: {"curve": [(float(k), 0.5 * k) for k in range(13)]} for seed in (1, 2)}
     ours = {seed: {"curve": [(float(k), 0.5 * k + seed) for k in range(12)]} for seed in (1, 2)}
     rows = online.at_equal_kl(ours, theirs)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from rlhf.eval.pages import page_environment
 from rlhf.eval.panels import DASH
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -63,13 +62,7 @@ def render(report: Mapping[str, Any], title: str) -> str:
     Args:
         report: of `reliability.agreement_report`, with `exported` and `left_out` of the export.
     """
-    env = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    env = page_environment(_TEMPLATES)
     env.filters.update(share=_share, decimal=_decimal, seconds=_seconds)
     pairs = sorted(report["annotator_pairs"], key=lambda row: -row["raw"]["n"])
     return env.get_template("agreement.html.j2").render(

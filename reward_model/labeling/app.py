@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,7 +23,9 @@ from reward_model.labeling.security import HEADERS, Guard, Refused, check_bind
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
 from rlhf.errors import LabelError, LeaseError
+from rlhf.eval.pages import page_environment
 
+HERE = Path(__file__).resolve().parent
 _log = logging.getLogger(__name__)
 
 
@@ -47,11 +50,11 @@ def make_app(store: LabelStore, cfg: LabelingStage) -> FastAPI:
         accounts.nobodys_hash()  # made now: the first unknown name would take twice as long
     # No pages about the API, and no slash added to paths: every path here is one of ours, as it is.
     app = FastAPI(title=cfg.title, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.state.site = site = Site(store, cfg, pages.make_templates())
+    app.state.site = site = Site(store, cfg, page_environment(HERE / "templates"))
     app.include_router(api.router)
     app.include_router(pages.router)
     app.include_router(admin_pages.router)
-    app.mount("/static", Static(directory=pages.HERE / "static"))
+    app.mount("/static", Static(directory=HERE / "static"))
     app.add_middleware(Guard, serve=cfg.serve, limiter=site.limits.address, refuse=refuse)
     for kind in _REASONS:
         app.add_exception_handler(kind, lambda request, error: refuse(request, _REASONS[_known(error)](error)))

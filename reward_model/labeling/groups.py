@@ -6,10 +6,11 @@ No prompt is on both sides: a reward model tested on a prompt that it was traine
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from reward_model.labeling.agreement import ranks_from_wins, wins_matrix
 from rlhf.errors import DataError, JudgeError
 from rlhf.types import Prompt, Ranking, Rollout
 
@@ -38,6 +39,25 @@ class Group:
     prompt_id: str
     rollouts: list[Rollout] = field(default_factory=list)
     duplicates: int = 0
+
+    def ranking(
+        self,
+        posteriors: Mapping[tuple[int, int], float],
+        meta: dict[str, Any],
+        gold_scores: list[float] | None = None,
+    ) -> Ranking:
+        """The responses with their wins and ranks, by P(i is better) of the pairs (i, j) of them, i < j."""
+        wins = wins_matrix(posteriors, len(self.rollouts))
+        return Ranking(
+            prompt=self.prompt,
+            responses=[rollout.response for rollout in self.rollouts],
+            ranks=ranks_from_wins(wins),
+            wins=wins,
+            tokens=[rollout.tokens for rollout in self.rollouts],
+            gold_scores=gold_scores,
+            prompt_id=self.prompt_id,
+            meta=meta,
+        )
 
 
 def group_rollouts(rollouts: Sequence[Rollout], heldout_rollouts: Sequence[Rollout] = ()) -> list[Group]:

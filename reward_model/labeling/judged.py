@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from reward_model.labeling.agreement import ranks_from_wins, wins_matrix
 from reward_model.labeling.groups import Group, LabelResult, comparable, group_rollouts, split
 from reward_model.labeling.judge import Contest, Judged, open_judge
 from reward_model.labeling.judge_backend import Failure
@@ -18,7 +17,7 @@ from reward_model.labeling.judge_report import judge_report, write_report
 from rlhf.config_schema import LabelStage
 from rlhf.errors import JudgeError
 from rlhf.progress import Progress
-from rlhf.types import Ranking, Rollout
+from rlhf.types import Rollout
 
 NOTICE = (
     "Labels in this folder were made by a JUDGE, the language model {model}: no person has judged anything. "
@@ -82,11 +81,12 @@ def _result(
     """
     assert cfg.judge is not None
     model = cfg.judge.model
+    labeler = f"judge: {model}, both orders of every pair"
     rankings, lines = [], []
     for group, one in zip(groups, judged, strict=False):  # judged ends where the budget did
         lines += _lines(group, one, model)
         if one.labels is not None:
-            rankings.append(_ranking(group, one.labels, model))
+            rankings.append(group.ranking(one.labels, {"labels": "judge", "labeler": labeler}))
     if not rankings:
         raise JudgeError(
             f"none of {len(groups)} prompts has a label from the judge {model}",
@@ -103,19 +103,6 @@ def _result(
     summary = {"labels": "judge", "model": model, **report["counts"]}
     readme = README.format(model=model)
     return LabelResult(train, heldout, lines, report, readme, summary, unfinished if left else None)
-
-
-def _ranking(group: Group, labels: dict[tuple[int, int], float], model: str) -> Ranking:
-    wins = wins_matrix(labels, len(group.rollouts))
-    return Ranking(
-        prompt=group.prompt,
-        responses=[rollout.response for rollout in group.rollouts],
-        ranks=ranks_from_wins(wins),
-        wins=wins,
-        tokens=[rollout.tokens for rollout in group.rollouts],
-        prompt_id=group.prompt_id,
-        meta={"labels": "judge", "labeler": f"judge: {model}, both orders of every pair"},
-    )
 
 
 def _lines(group: Group, one: Judged, model: str) -> list[dict[str, Any]]:

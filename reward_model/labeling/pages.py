@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sqlalchemy import text
 from starlette.responses import Response
 
@@ -27,14 +25,7 @@ from reward_model.labeling.accounts import Visitor
 from reward_model.labeling.rendering import markdown_html
 from reward_model.labeling.security import Refused, address_of
 
-HERE = Path(__file__).resolve().parent
 router = APIRouter()
-
-
-def make_templates() -> Environment:
-    """Everything that is filled into a page is escaped; a name that a page wants and does not get is an error."""
-    loader = FileSystemLoader(HERE / "templates")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def page(request: Request, template: str, visitor: Visitor | None, *, status: int = 200, **context: Any) -> Response:

@@ -9,18 +9,18 @@ characters are shown as U+FFFD.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from jinja2 import Environment
+from markupsafe import Markup
 
 from rlhf.config_schema import ReportStage
 from rlhf.errors import DataError
 from rlhf.eval import charts
 from rlhf.eval.health import health_notes
+from rlhf.eval.pages import clean, inline_code, page_environment
 from rlhf.eval.panels import CHARTS, DASH, METRICS, Metric, duration, show_fixed, show_number, show_percent
 from rlhf.eval.rounds import gold_chart, round_rows
 from rlhf.eval.run_files import RunFiles, display_name, finite, read_run
@@ -38,8 +38,6 @@ _HEADLINE_KEYS = (
     "comparisons",
 )
 _GRADE_BANDS = ((6.5, "easy"), (9.5, "fair"), (12.5, "hard"))  # upper bounds in US school years
-# C0 and C1 controls but tab and newline, bidirectional overrides, lone surrogates (UTF-8 cannot hold them).
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def build_summary(cfg: ReportStage) -> dict[str, Any]:
@@ -154,14 +152,8 @@ def render_report(cfg: ReportStage) -> str:
 
 
 def template_environment() -> Environment:
-    """For pages whose texts are escaped and whose numbers are shown as the report shows them."""
-    env = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """For pages whose numbers are shown as the report shows them."""
+    env = page_environment(_TEMPLATES)
     env.filters.update(number=show_number, fixed=show_fixed, percent=show_percent, duration=duration)
     env.filters.update(name=display_name, band=_band, code=inline_code)
     return env
@@ -269,16 +261,6 @@ def _commands(run: RunFiles) -> list[str]:
     """One shell line per stage whose configuration was kept."""
     configs = [(stage.split()[0], path / "config.yaml") for stage, path in run.dirs.items()]
     return [f"python -m rlhf {stage} {shlex.quote(str(path))}" for stage, path in configs if path.is_file()]
-
-
-def clean(text: Any) -> str:
-    """The text with U+FFFD for characters that no page can hold or that would reorder their surroundings."""
-    return _UNPRINTABLE.sub("\ufffd", str(text).replace("\r\n", "\n"))
-
-
-def inline_code(text: Any) -> Markup:
-    """Escaped text whose `` `backticks` `` are shown as code."""
-    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _band(grade: Any) -> str:

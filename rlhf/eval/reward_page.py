@@ -8,8 +8,9 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf.eval import charts
+from rlhf.eval.pages import clean
 from rlhf.eval.panels import DASH, show_fixed, show_number, show_percent
-from rlhf.eval.report import clean, template_environment
+from rlhf.eval.report import template_environment
 
 Report = Mapping[str, Any]
 

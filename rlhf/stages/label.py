@@ -22,8 +22,6 @@ from reward_model.labeling.agreement import (
     annotator_report,
     dawid_skene,
     majority,
-    ranks_from_wins,
-    wins_matrix,
 )
 from reward_model.labeling.groups import Group, LabelResult, comparable, group_rollouts, split
 from reward_model.labeling.judged import judge_rollouts
@@ -142,22 +140,10 @@ def _rankings(
     for (item, i, j), p in posteriors.items():
         by_item[item][i, j] = p
     labeler = f"simulated: {len(cfg.annotators)} annotators around {cfg.scorer}, {cfg.aggregate}"
-    rankings = []
-    for group, gold_K, posteriors_of_item in zip(groups, gold_BK, by_item, strict=True):
-        wins = wins_matrix(posteriors_of_item, len(group.rollouts))
-        rankings.append(
-            Ranking(
-                prompt=group.prompt,
-                responses=[rollout.response for rollout in group.rollouts],
-                ranks=ranks_from_wins(wins),
-                wins=wins,
-                tokens=[rollout.tokens for rollout in group.rollouts],
-                gold_scores=gold_K,
-                prompt_id=group.prompt_id,
-                meta={"labels": "simulated", "labeler": labeler},
-            )
-        )
-    return rankings
+    return [
+        group.ranking(posteriors_of_item, {"labels": "simulated", "labeler": labeler}, gold_K)
+        for group, gold_K, posteriors_of_item in zip(groups, gold_BK, by_item, strict=True)
+    ]
 
 
 def _quality(

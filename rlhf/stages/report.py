@@ -42,8 +42,8 @@ def _print(title: str, summary: dict[str, Any], path: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from rlhf.eval.pages import clean
     from rlhf.eval.panels import METRICS, duration
-    from rlhf.eval.report import clean
     from rlhf.eval.run_files import display_name
 
     policy = summary["policy"]

@@ -16,10 +16,11 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from scipy.stats import t as student
@@ -36,6 +37,7 @@ from rlhf.rollout.engines import NativeEngine
 from rlhf.rollout.generate import GenerationSettings
 from rlhf.runs import RunOptions
 from rlhf.runtime import Runtime
+from rlhf.stages import ppo
 from rlhf.types import Rollout, RunResult
 
 WORDS = [f"w{i}" for i in range(24)]
@@ -46,6 +48,8 @@ PROXY = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 GOLD = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 GOLD_RANGE = 0.05
 """Spread of gold's weights: the larger, the less of it is a sum over single words."""
+NOISE = {"noise": 0.3, "careless": 0.3}
+"""Labels: Bradley-Terry on gold / noise, and 30% of them by a coin."""
 
 
 @dataclass
@@ -70,13 +74,14 @@ class World:
             seeds=[seed * 10_000_019 + i for i in range(per_prompt * PROMPTS)],
             copies=per_prompt,
         )
-        for rollout, gold in zip(rollouts, self.gold_scores(rollouts), strict=True):
-            rollout.gold_score = gold
+        self.add_gold(rollouts)
         return rollouts
 
-    def gold_scores(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """What gold says."""
-        return RewardModel(self.gold, self.runtime, micro_batch_size=512).score_tokens(rows_of(rollouts))
+    def add_gold(self, rollouts: Sequence[Rollout]) -> None:
+        """Write what gold says on each of them."""
+        scores = RewardModel(self.gold, self.runtime, micro_batch_size=512).score_tokens(rows_of(rollouts))
+        for rollout, gold in zip(rollouts, scores, strict=True):
+            rollout.gold_score = gold
 
     def load_proxy(self, folder: str) -> RewardModel:
         """A trained one."""
@@ -204,7 +209,7 @@ def write_heldout(world: World, rollouts: Sequence[Rollout]) -> None:
 
 
 def gold_of(rollout: Rollout) -> float:
-    """Its gold score, which `World.sample` wrote."""
+    """Its gold score, which `World.add_gold` wrote."""
     assert rollout.gold_score is not None
     return rollout.gold_score
 
@@ -217,6 +222,12 @@ def differ(a: Rollout, b: Rollout) -> bool:
 def pair_row(better: Rollout, worse: Rollout) -> dict[str, str]:
     """A line of a preference file."""
     return {"prompt": better.prompt, "chosen": better.response, "rejected": worse.response}
+
+
+def noisy_label(rng: random.Random, a: Rollout, b: Rollout) -> dict[str, str]:
+    """A line of a preference file as an annotator with `NOISE` would have it."""
+    wins = choice(rng, gold_of(a), gold_of(b), **NOISE)
+    return pair_row(*((a, b) if wins else (b, a)))
 
 
 def train_proxy(world: World, rows: Sequence[dict[str, Any]], *, start: str, name: str, **changes: Any) -> RunResult:
@@ -240,6 +251,40 @@ def train_proxy(world: World, rows: Sequence[dict[str, Any]], *, start: str, nam
     )
     with contextlib.redirect_stdout(io.StringIO()):
         return train.main(cfg, RunOptions(resume="never"))
+
+
+def train_policy(
+    world: World, reward: Callable[[Sequence[Rollout]], Sequence[float | None]], *, name: str, lr: float, **changes: Any
+) -> list[dict[str, Any]]:
+    """`rlhf ppo` without a KL penalty, where `reward` stands for the reward model; the metrics of every step."""
+
+    def judged(rollouts: Sequence[Rollout]) -> Sequence[float | None]:
+        world.add_gold(rollouts)
+        return reward(rollouts)
+
+    cfg = config_of(
+        "ppo",
+        world.folder,
+        **{
+            "run_dir": str(world.folder / name),
+            "prompts": {"path": str(world.folder / "prompts.jsonl")},
+            "scorer": "readability",  # the stage asks for a reward; `judged` takes its place
+            "critic_init": "policy",
+            "sampling": {"max_new_tokens": BUDGET, "batch_size": 128},
+            "batch_size": 128,
+            "micro_batch_size": 128,
+            "minibatches": 2,
+            "optim": {"lr": lr, "schedule": "constant"},
+            "kl": {"kind": "fixed", "coef": 0.0},
+            "missing_eos": {"kind": "none"},
+            "save_every": 0,
+            "samples_per_step": 1,
+            **changes,
+        },
+    )
+    with patch.object(ppo, "build_reward", lambda *_: judged), contextlib.redirect_stdout(io.StringIO()):
+        ppo.main(cfg, RunOptions(resume="never"))
+    return [json.loads(line) for line in (world.folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:

@@ -17,8 +17,6 @@ model on the new labels. Gold's mean is 0 and its deviation 1 over the reference
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import random
 import shutil
@@ -30,15 +28,12 @@ from unittest.mock import patch
 
 import torch
 from gold_world import (
-    BUDGET,
     World,
     build,
-    choice,
-    config_of,
     differ,
-    gold_of,
+    noisy_label,
     over_seeds,
-    pair_row,
+    train_policy,
     train_proxy,
     write_heldout,
 )
@@ -47,14 +42,10 @@ from reward_curves import STYLE
 
 from rlhf.eval.charts import Series, line_chart, smooth
 from rlhf.models.load import load_causal_lm
-from rlhf.runs import RunOptions
-from rlhf.stages import ppo
 from rlhf.types import Rollout
 
 ARMS = ("at once", "rounds", "newest", "archive", "warm")
 ROUNDS = 3
-NOISE = {"noise": 0.3, "careless": 0.3}
-"""Labels: Bradley-Terry on gold / noise, and 30% of them by a coin."""
 LAST_STEPS = 3
 """Of PPO, whose mean is where a round ends."""
 PER_PROMPT = 1024
@@ -152,8 +143,7 @@ class Arm:
         while len(rows) < count:
             a, b = rng.sample(pools[rng.choice(sorted(pools))], 2)
             if differ(a, b):
-                wins = choice(rng, gold_of(a), gold_of(b), **NOISE)
-                rows.append(pair_row(*((a, b) if wins else (b, a))))
+                rows.append(noisy_label(rng, a, b))
         return rows
 
     def _answers(self, number: int) -> list[Rollout]:
@@ -172,45 +162,29 @@ class Arm:
 
     def _ppo(self, reward_model: str, number: int, steps: int, *, name: str) -> Curve:
         """`rlhf ppo` from where the round before ended; keeps the last third of its answers."""
-        world, archive = self._world, []
-        proxy = world.load_proxy(reward_model)
+        archive: list[list[Rollout]] = []
+        proxy = self._world.load_proxy(reward_model)
 
         def reward(rollouts: Sequence[Rollout]) -> Sequence[float | None]:
-            for rollout, gold in zip(rollouts, world.gold_scores(rollouts), strict=True):
-                rollout.gold_score = gold
             archive.append(list(rollouts))
             return proxy(rollouts)
 
         before = Path(self._policies[-1]).parent if number else None
-        cfg = config_of(
-            "ppo",
-            world.folder,
+        lines = train_policy(
+            self._world,
+            reward,
+            name=name,
             model=self._policies[-1],
             reference=self._policies[0],
             critic=str(before / "critic") if before else None,
-            run_dir=str(world.folder / name),
             seed=1_000 * self._seed + number,
-            prompts={"path": str(world.folder / "prompts.jsonl")},
-            scorer="readability",
-            critic_init="policy",
-            sampling={"max_new_tokens": BUDGET, "batch_size": 128},
             steps=steps,
-            batch_size=128,
-            micro_batch_size=128,
             epochs=2,
-            minibatches=2,
-            optim={"lr": 4e-4, "schedule": "constant"},
+            lr=4e-4,
             critic_lr=1.5e-3,
-            kl={"kind": "fixed", "coef": 0.0},
-            missing_eos={"kind": "none"},
-            save_every=0,
-            samples_per_step=1,
         )
-        with patch.object(ppo, "build_reward", lambda *_: reward), contextlib.redirect_stdout(io.StringIO()):
-            ppo.main(cfg, RunOptions(resume="never"))
-        self._policies.append(str(Path(cfg.run_dir) / "final"))
+        self._policies.append(str(self._world.folder / name / "final"))
         self._archive = [rollout for step in archive[-max(1, steps // 3) :] for rollout in step]
-        lines = [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
         return [(round(line["objective/kl"], 4), round(line["objective/gold"], 4)) for line in lines]
 
 

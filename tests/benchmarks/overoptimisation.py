@@ -17,8 +17,6 @@ R is gold's gain over the unoptimised policy, in deviations of gold over that po
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import random
@@ -28,36 +26,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from gao_curves import Fit, Points, best_curve, fit, gain_at, peak_of, picture, ppo_points
 from gold_world import (
-    BUDGET,
+    NOISE,
     PROMPTS,
     World,
     build,
-    choice,
-    config_of,
     differ,
-    gold_of,
-    pair_row,
+    noisy_label,
     rows_of,
+    train_policy,
     train_proxy,
     write_heldout,
 )
 from harness import RESULTS, ROOT, Report, save
 from torch import Tensor
 
-from rlhf.runs import RunOptions
-from rlhf.stages import ppo
 from rlhf.types import Rollout
 
 SIZES = {200: 10, 800: 5, 3200: 3}
 """Pairs -> epochs over them."""
 MEMBERS = 4
-NOISE = {"noise": 0.3, "careless": 0.3}
-"""Labels: Bradley-Terry on gold / noise, and 30% of them by a coin."""
 SAMPLES, LARGEST_N = 4096, 1024
 Panel = dict[str, tuple[Points, Fit]]
 
@@ -213,8 +204,7 @@ def labelled_pairs(rollouts: Sequence[Rollout], count: int, seed: int) -> list[R
         start = rng.randrange(PROMPTS) * SAMPLES
         a, b = (rollouts[start + rng.randrange(SAMPLES)] for _ in range(2))
         if differ(a, b):
-            wins = choice(rng, gold_of(a), gold_of(b), **NOISE)
-            rows.append(pair_row(*((a, b) if wins else (b, a))))
+            rows.append(noisy_label(rng, a, b))
     return rows
 
 
@@ -250,35 +240,9 @@ def run_ppo(
     """(KL, mean proxy, mean gold) of every step of `rlhf ppo`, where the ensemble stands for the reward model."""
 
     def reward(rollouts: Sequence[Rollout]) -> list[float]:
-        for rollout, gold in zip(rollouts, world.gold_scores(rollouts), strict=True):
-            rollout.gold_score = gold
         return combine(proxies(rollouts)).tolist()
 
-    cfg = config_of(
-        "ppo",
-        world.folder,
-        run_dir=str(world.folder / name),
-        seed=seed,
-        prompts={"path": str(world.folder / "prompts.jsonl")},
-        scorer="readability",
-        critic_init="policy",
-        sampling={"max_new_tokens": BUDGET, "batch_size": 128},
-        steps=steps,
-        batch_size=128,
-        micro_batch_size=128,
-        epochs=1,
-        minibatches=2,
-        optim={"lr": 6e-4, "schedule": "constant"},
-        critic_lr=2e-3,
-        kl={"kind": "fixed", "coef": 0.0},
-        missing_eos={"kind": "none"},
-        save_every=0,
-        samples_per_step=1,
-        archive_rollouts=False,
-    )
-    with patch.object(ppo, "build_reward", lambda *_: reward), contextlib.redirect_stdout(io.StringIO()):
-        ppo.main(cfg, RunOptions(resume="never"))
-    lines = [json.loads(line) for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    lines = train_policy(world, reward, name=name, seed=seed, steps=steps, epochs=1, lr=6e-4, critic_lr=2e-3)
     return [tuple(round(line[f"objective/{key}"], 4) for key in ("kl", "scores", "gold")) for line in lines]
 
 

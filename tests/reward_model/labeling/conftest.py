@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import JudgeServer, judging
+from faulty_server import serving
+from judge_server import JudgeServer
 from postgres_server import PostgresServer, binaries
 
 from reward_model.labeling.judge import Judge
@@ -129,7 +130,7 @@ def standing() -> Callable[[LabelStore], list[Judgment]]:
 @pytest.fixture
 def judge_server() -> Iterator[JudgeServer]:
     """A judge model's server that fails as told."""
-    with judging() as server:
+    with serving(JudgeServer()) as server:
         yield server
 
 

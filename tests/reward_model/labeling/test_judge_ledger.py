@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_server import running
 from judge_server import JudgeServer, contests, labels, report, run
-from scripted_server import running
 
 from reward_model.labeling.judge import Judge
 from reward_model.labeling.judge import open_judge as open_judge_of

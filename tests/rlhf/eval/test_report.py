@@ -12,7 +12,8 @@ from rlhf.config_schema import ReportStage
 from rlhf.errors import DataError
 from rlhf.eval import charts
 from rlhf.eval.health import health_notes
-from rlhf.eval.report import MAX_PROMPTS, build_summary, clean, inline_code, render_report
+from rlhf.eval.pages import clean, inline_code
+from rlhf.eval.report import MAX_PROMPTS, build_summary, render_report
 from rlhf.eval.rounds import gold_chart
 from rlhf.eval.run_files import read_metrics, read_run
 from rlhf.stages.report import main

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from scripted_server import ScriptedServer, serving
+from faulty_server import serving
+from scripted_server import ScriptedServer
 
 from rlhf.config_schema import RewardEndpointConfig
 from rlhf.errors import ConfigError, RewardError
@@ -26,7 +27,7 @@ LENGTHS = [1.0, 4.0, 0.0, 7.0, 3.0]
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
-    with serving() as scripted:
+    with serving(ScriptedServer()) as scripted:
         yield scripted
 
 

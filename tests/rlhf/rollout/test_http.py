@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scripted_server import ScriptedServer, serving
+from faulty_server import serving
+from scripted_server import ScriptedServer
 
 from rlhf.errors import ConfigError
 from rlhf.rollout.http import JsonServer, Refused, Unanswered, is_public, retried
@@ -18,7 +19,7 @@ ROWS = {"rollouts": [{"response": "four"}, {"response": "a"}]}
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
-    with serving() as scripted:
+    with serving(ScriptedServer()) as scripted:
         yield scripted
 
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from scripted_server import running
+from faulty_server import running
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.rollout.generate import GenerationSettings

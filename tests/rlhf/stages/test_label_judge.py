@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import JudgeServer, judging
+from faulty_server import serving
+from judge_server import JudgeServer
 
 from rlhf import config
 from rlhf.config_schema import DatasetConfig, LabelStage
@@ -24,7 +25,7 @@ WORDS = [f"w{i}" for i in range(12)]
 
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
-    with judging() as judge:
+    with serving(JudgeServer()) as judge:
         yield judge
 
 

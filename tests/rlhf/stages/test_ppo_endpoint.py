@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from faulty_server import serving
 from safetensors.torch import load_file
-from scripted_server import ScriptedServer, serving
+from scripted_server import ScriptedServer
 
 from rlhf.config import dump
 from rlhf.errors import RewardError
@@ -30,7 +31,7 @@ LINEAR = {"lr": 0.1, "eps": 1.0, "max_grad_norm": 1e9}
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
-    with serving() as scripted:
+    with serving(ScriptedServer()) as scripted:
         scripted.score = score
         yield scripted
 
