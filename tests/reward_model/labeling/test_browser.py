@@ -638,7 +638,7 @@ FORBIDDEN = r"""() => {
   const control = /^(form|input|button|textarea|select|details|dialog)$/;
   const acting = /^(on.*|style|src|srcset|srcdoc|action|formaction|background|xlink.*)$/;
   const found = window.taken ? ['executed'] : [];
-  for (const box of document.querySelectorAll('.text, .flagged-text, bdi, #flagged .note:not(.confirm > .note)')) {
+  for (const box of document.querySelectorAll('.text, .flagged-text, bdi, #flagged .note')) {
     for (const element of box.querySelectorAll('*')) {
       const tag = element.tagName.toLowerCase();
       if (loading.test(tag) || control.test(tag)) found.push(tag);
