@@ -231,6 +231,16 @@ def exported(cfg: LabelingStage, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+def test_a_probability_is_exported_without_a_margin(judge_server: JudgeServer, stage: Any) -> None:
+    """A soft label of 0.75 beside a margin of 1.5 is learned as 0.9: its own strength is counted twice."""
+    judge_server.judge = lambda first, second: letters(0.9 if len(first) > len(second) else 0.4)
+    cfg = stage()
+    ai.main(cfg)
+    pairs, preferences = exported(cfg, "pairs.*.jsonl"), exported(cfg, "preferences.*.jsonl")
+    assert [line["probability"] for line in preferences] == [0.75] * 5
+    assert not any("margin" in line for line in [*pairs, *preferences])
+
+
 def test_the_export_of_a_ranking_has_the_soft_label_of_every_pair(judge_server: JudgeServer, stage: Any) -> None:
     """By number of words: the longer one at 0.9 in the first place, at 0.7 in the second; 8 beside 10 by the place."""
 
