@@ -167,6 +167,30 @@ def test_what_is_no_verdict_is_no_label_and_not_asked_again(
     assert len(judge_server.asked) == 2
 
 
+def test_a_judge_that_was_mended_after_too_many_failures_goes_on(judge_server: JudgeServer, open_judge: Any) -> None:
+    """Its answers without a verdict would stop the same command for ever."""
+    good, judge_server.judge = judge_server.judge, lambda first, second: "The first one is better."
+    strict: dict[str, Any] = {"max_failures": 0.2, "endpoint": {"parallel": 1}}
+    judge = open_judge(**strict)
+    with pytest.raises(JudgeError, match="5 of 5"):
+        run(judge, contests(30))
+    judge.close()
+    stored = len(judge_server.asked)
+    for _ in range(2):  # not mended: a few are asked anew each time, no more than before
+        again = open_judge(**strict)
+        with pytest.raises(JudgeError, match="5 of 5"):
+            run(again, contests(30))
+        again.close()
+    assert len(judge_server.asked) <= 3 * (stored + 1)
+    judge_server.judge = good
+    mended = open_judge(**strict)
+    assert labels(run(mended, contests(30))) == [{(0, 1): 0.0}] * 30
+    mended.close()
+    asked = len(judge_server.asked)
+    assert labels(run(open_judge(**strict), contests(30))) == [{(0, 1): 0.0}] * 30
+    assert len(judge_server.asked) == asked
+
+
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [("refusal", "refusal"), ("filter", "refusal"), ("cut", "cut"), ("null", "refusal"), (400, "refused")],
