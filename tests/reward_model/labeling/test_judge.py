@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,17 @@ def test_a_judge_that_was_mended_after_too_many_failures_goes_on(judge_server: J
     asked = len(judge_server.asked)
     assert labels(run(open_judge(**strict), contests(30))) == [{(0, 1): 0.0}] * 30
     assert len(judge_server.asked) == asked
+
+
+def test_what_was_not_sent_costs_no_tokens(open_judge: Any) -> None:
+    """Nobody listens on that port: the budget of a judge that was not there is not used up."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        judge = open_judge(endpoint={"url": f"http://127.0.0.1:{held.getsockname()[1]}/v1", "attempts": 2})
+        assert labels(run(judge, contests(1))) == [None]
+    spent = judge.ledger.spent()
+    assert (spent.tokens_in, spent.tokens_out) == (0, 0)
+    assert report(judge, 1)["failures"] == {"unanswered": 2}
 
 
 @pytest.mark.parametrize(
