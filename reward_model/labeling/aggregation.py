@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Literal
 
 from reward_model.labeling.agreement import DawidSkene, dawid_skene, wins_matrix
-from reward_model.labeling.judge_votes import soft_share
+from reward_model.labeling.judge_votes import soft_wins
 from reward_model.labeling.records import Item, Judgment
 from reward_model.labeling.simulate import Judgment as Vote
 
@@ -68,8 +68,8 @@ def votes_of(judgments: Sequence[Judgment]) -> list[Vote]:
 
 def shares(judgments: Sequence[Judgment]) -> Wins:
     """`aggregate` by majority of one item's judgments, at least one."""
-    if (p := soft_share(judgments)) is not None:
-        return wins_matrix({(0, 1): 1 - p}, 2)
+    if (soft := soft_wins(judgments)) is not None:
+        return wins_matrix(soft, len(judgments[0].order))
     rankings = [ranks for judgment in judgments if (ranks := judgment.ranks)]
     K, n = len(rankings[0]), len(rankings)
 

@@ -1,9 +1,9 @@
 """`rlhf label ai CONFIG`: a judge model labels the queue, as the annotator judge:NAME.
 
 Each item gets two judgments, one per order: presentation 0 shows the responses as they were queued, presentation 1
-the other way round. What they say together is `soft_label`, which `judge_votes.soft_share` finds again for the export.
+the other way round. What they say together is `soft_label`, which `judge_votes.soft_wins` finds again for the export.
 Of a ranking every pair is compared in both orders; presentation 0 ranks by the comparisons that showed the earlier
-response first, presentation 1 by the others.
+response first, presentation 1 by the others. The notes hold the probabilities of all pairs, beside the order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from reward_model.labeling.aggregation import aggregate
 from reward_model.labeling.agreement import ranks_from_wins, wins_matrix
+from reward_model.labeling.answers import MAX_NOTES
 from reward_model.labeling.history import Shown, record_answer
 from reward_model.labeling.judge import Contest, Judge, Judged, open_judge
 from reward_model.labeling.judge_prompt import Verdict
@@ -110,13 +111,21 @@ def _pair_answer(said: Verdict) -> Answer:
     return Answer("compare", value=sign * said.strength, notes=json.dumps({"p_first": said.p_first}))
 
 
+def noted(p_first: Sequence[float]) -> str:
+    """The probabilities of a ranking's pairs as JSON; "" where no note is long enough, of more than 21 responses."""
+    text = json.dumps({"p_first": [round(p, 6) for p in p_first]}, separators=(",", ":"))
+    return text if len(text) <= MAX_NOTES else ""
+
+
 def _ranking_answer(shown: dict[tuple[int, int], Verdict], K: int, presentation: int) -> Answer:
     """Ranks by place. Of presentation 1 the verdicts speak of the later response, which was shown first."""
     labels = {key: 1 - said.p_first if presentation else said.p_first for key, said in shown.items()}
     ranks = ranks_from_wins(wins_matrix(labels, K))
     dense = {rank: place for place, rank in enumerate(sorted(set(ranks)), 1)}
     by_place = [dense[rank] for rank in (reversed(ranks) if presentation else ranks)]
-    return Answer("rank", ranks=by_place)
+    places = combinations(reversed(range(K)) if presentation else range(K), 2)
+    p_first = [shown[min(pair), max(pair)].p_first for pair in places]
+    return Answer("rank", ranks=by_place, notes=noted(p_first))
 
 
 def people_on(judgments: Sequence[Judgment], items: Sequence[Item]) -> list[People]:

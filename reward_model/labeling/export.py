@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reward_model.labeling.agreement import wins_matrix
 from reward_model.labeling.agreement_page import render
+from reward_model.labeling.judge_votes import judge_wins
 from reward_model.labeling.other_tools import WRITERS
 from reward_model.labeling.preferences import (
     LABELERS,
@@ -138,8 +140,13 @@ def write_judgments(path: Path, items: Sequence[Item], judgments: Sequence[Judgm
 
 
 def judgment_line(judgment: Judgment, items: Mapping[str, Item], *, effective: bool) -> dict[str, Any]:
-    """One answer in both orientations; times in milliseconds, `created_ms` since 1970 (UTC)."""
+    """One answer in both orientations; times in milliseconds, `created_ms` since 1970 (UTC).
+
+    `wins` is what a judge that was shown this order said of every pair; null of anybody else.
+    """
     item, answer = items[judgment.item_key], judgment.answer
+    soft = judge_wins(judgment)
+    wins = soft and wins_matrix(soft, len(judgment.order))
     return {
         "id": judgment.id,
         "labels": LABELERS[judgment.labeler],
@@ -152,7 +159,7 @@ def judgment_line(judgment: Judgment, items: Mapping[str, Item], *, effective: b
         "presentation": judgment.presentation,
         "choice": answer.choice,
         "shown": {"order": judgment.order, "value": answer.value, "ranks": answer.ranks},
-        "canonical": {"value": judgment.value, "ranks": judgment.ranks},
+        "canonical": {"value": judgment.value, "ranks": judgment.ranks, "wins": wins},
         "confidence": answer.confidence,
         "notes": answer.notes,
         "ms_active": answer.ms_active,

@@ -65,6 +65,8 @@ def main(
             labels = record(store, imported)
             names = sorted({said.annotator for entry in imported for said in entry.said})
             print(f"  {labels} labels by {len(names)} annotators: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
+            if soft := sum(said.was_soft for entry in imported for said in entry.said):
+                print(f"  {soft} of them came with probabilities; of these the order alone is stored")
 
 
 def read(file: str, format: str = "auto", max_bad_fraction: float = 0.0) -> list[Imported]:

@@ -29,11 +29,15 @@ NAMELESS = "imported "
 
 @dataclass
 class Said:
-    """An answer that came with a row, in the order of the row's responses."""
+    """An answer that came with a row, in the order of the row's responses.
+
+    `was_soft`: the row gave a probability, of which the answer holds the better side alone.
+    """
 
     annotator: str
     labeler: Labeler
     answer: Answer
+    was_soft: bool = False
 
 
 @dataclass
@@ -145,9 +149,10 @@ def _label_of(ranking: Ranking, meta: Mapping[str, Any], fields: Fields, name: s
     annotator = rated + name_of(fields.get("annotator") or meta.get("annotator"), f"{NAMELESS}{name}")[: MAX_NAME - 11]
     # A tie is a pair of probability 1/2, though one of the two is called chosen.
     ranks = [1, 1] if ranking.wins == [[0.5, 0.5], [0.5, 0.5]] else ranking.ranks
+    soft = any(p not in (0.0, 0.5, 1.0) for row in ranking.wins or [] for p in row)
     if len(ranks) == 2 and ranking.margin:
-        return Said(annotator, labeler, answer_of_strength(ranking.margin * (ranks[0] - ranks[1])))
-    return Said(annotator, labeler, answer_of_ranks(ranks))
+        return Said(annotator, labeler, answer_of_strength(ranking.margin * (ranks[0] - ranks[1])), soft)
+    return Said(annotator, labeler, answer_of_ranks(ranks), soft)
 
 
 def _binarised_scores(fields: Fields) -> list[float] | None:

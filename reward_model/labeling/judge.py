@@ -169,11 +169,8 @@ class Judge:
         """What the judge says of each question; equal ones are asked once."""
         keys = [self._key(question) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._said}
-        for key in [*missing]:
-            if (answer := self.ledger.answer(key)) is not None:
-                del missing[key]
-                self._note(key, self._read(answer))
-        self._check_failures()
+        for key in self._remembered([*missing]):
+            del missing[key]
         advance(len(questions) - len(missing))
         todo, chunk = [*missing], self._backend.chunk
         with ThreadPoolExecutor(self._backend.parallel) as pool:
@@ -194,6 +191,21 @@ class Judge:
                 raise
         return [self._said[key] for key in keys]
 
+    def _remembered(self, keys: Sequence[str]) -> list[str]:
+        """Those of `keys` whose stored answer is taken.
+
+        An answer without a verdict is one, too, unless such answers would stop the run before anything is asked: what
+        failed them may be mended by now.
+        """
+        stored = {key: self._read(answer) for key in keys if (answer := self.ledger.answer(key)) is not None}
+        failed = [key for key, outcome in stored.items() if isinstance(outcome, Failure)]
+        if self._too_many(self.failures.total() + len(failed), len(self._said) + len(stored)):
+            for key in failed:
+                del stored[key]
+        for key, outcome in stored.items():
+            self._note(key, outcome)
+        return [*stored]
+
     def _key(self, question: Question) -> str:
         """What a stored answer is found by: everything that it depends on."""
         asked = [question.prompt, question.first, question.second]
@@ -212,18 +224,21 @@ class Judge:
             self.failures[outcome.kind] += 1
             self.examples.setdefault(outcome.kind, outcome.detail)
 
+    def _too_many(self, failed: int, asked: int) -> bool:
+        return failed > self.cfg.max_failures * max(FIRST_QUESTIONS, asked)
+
     def _check_failures(self) -> None:
         """Stop where going on would only cost.
 
         Raises:
             JudgeError: the last failure is named in it.
         """
-        asked, largest, failed = len(self._said), self.cfg.max_failures, self.failures.total()
-        if failed > largest * max(FIRST_QUESTIONS, asked):
+        asked, failed = len(self._said), self.failures.total()
+        if self._too_many(failed, asked):
             last = next(f for f in reversed(self._said.values()) if isinstance(f, Failure) and f != UNASKED)
             raise JudgeError(
                 f"the judge {self.cfg.model} left {failed} of {asked} questions without an answer "
-                f"(allowed: {largest:.0%}); the last one: {last.kind}: {last.detail}",
+                f"(allowed: {self.cfg.max_failures:.0%}); the last one: {last.kind}: {last.detail}",
                 fix="mend the endpoint, the form of its answers (judge.answer) or judge.max_failures, and run the same "
                 "command again: answers are kept",
             )

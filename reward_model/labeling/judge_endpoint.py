@@ -23,7 +23,7 @@ from reward_model.labeling.judge_ledger import Ledger, Size
 from reward_model.labeling.judge_prompt import Question, Verdict, messages, read_verdict, response_format
 from rlhf.config_judge import JudgeConfig, JudgeEndpointConfig
 from rlhf.errors import ConfigError
-from rlhf.rollout.http import JsonServer, Unanswered
+from rlhf.rollout.http import JsonServer, Unanswered, Unreached
 
 MAX_ANSWER_BYTES = 2**21
 TEMPLATE_TOKENS = 256
@@ -146,7 +146,8 @@ class EndpointJudge:
         except openai.APIStatusError as error:
             raise self._failed(error.response.status_code, error.response.headers, error.response.content) from None
         except Unanswered as failure:
-            raise _Unanswered(Failure("unanswered", str(failure)), billed=True) from None
+            sent = not isinstance(failure, Unreached)
+            raise _Unanswered(Failure("unanswered", str(failure)), billed=sent) from None
         try:
             completion = json.loads(content)
             return _kept(completion), _used(completion)

@@ -90,9 +90,9 @@ class Ledger:
             return self._priced(self._requests, self._tokens_in, self._tokens_out)
 
     def answer(self, key: str) -> Any:
-        """The stored answer to a question; None where there is none."""
+        """The newest stored answer to a question; None where there is none."""
         with self._changed:
-            query = "SELECT answer FROM asked WHERE key = ? AND answer IS NOT NULL ORDER BY id LIMIT 1"
+            query = "SELECT answer FROM asked WHERE key = ? AND answer IS NOT NULL ORDER BY id DESC LIMIT 1"
             row = self._database.execute(query, (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from reward_model.labeling.aggregation import Wins, aggregate, by_item
 from reward_model.labeling.agreement import TIE, ranks_from_wins
+from reward_model.labeling.judge_votes import judge_wins
 from reward_model.labeling.records import Item, Judgment, Labeler
 from reward_model.labeling.reliability import order_of
 from rlhf.config_labeling import ExportConfig
@@ -38,7 +39,8 @@ Source = Literal["comparisons", "ratings"]
 class Labeled:
     """An item with its label. `wins[i][j]` is the probability that response i beats response j.
 
-    `margin` is the mean strength, 0 .. 3, in favour of the better of a pair; None where no strength was asked.
+    `margin` is the mean strength, 0 .. 3, in favour of the better of a pair; None where no strength was asked, and of a
+    judge that states a probability.
     `agreement` is the share of the annotators who gave the commonest answer.
     """
 
@@ -115,7 +117,8 @@ def _reason_to_leave_out(item: Item, state: str, own: Sequence[Judgment]) -> str
 def _label(item: Item, wins: Wins, own: Sequence[Judgment]) -> Labeled:
     answers = Counter(tuple(order_of(j.ranks)) for j in own)
     better = 1 if wins[1][0] > 0.5 + TIE else 0
-    strengths = [j.value if better else -j.value for j in own if j.value is not None]
+    # The strength of a probability is the probability, which trains as a soft label: a margin would count it twice.
+    strengths = [j.value if better else -j.value for j in own if j.value is not None and judge_wins(j) is None]
     lead = sum(strengths) / len(strengths) if strengths else None
     if lead is not None:
         # A tie has no better side that could lead. Weighted votes may contradict the strengths; a lead below 0 would

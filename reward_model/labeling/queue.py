@@ -241,6 +241,8 @@ def valued(options: Sequence[Option], pools: Sequence[Pool], scores_MN: Tensor) 
 def score(models: Sequence[str], pools: Sequence[Pool], *, seed: int) -> Tensor:
     """Scores of all responses of all pools, in order: [M, N], M the members of all models together.
 
+    In log odds, as the models were trained, and not in units of their spread: differences are preferences.
+
     Raises:
         ModelError: a model cannot be loaded, or its tokens mean something else than the first one's.
         DataError: a response has tokens that no such model knows.
@@ -257,5 +259,8 @@ def score(models: Sequence[str], pools: Sequence[Pool], *, seed: int) -> Tensor:
             f"the rollouts hold tokens that {models[0]} does not know",
             fix="name reward models that were trained on the base of the policy",
         )
-    parts = [RewardModel.load(name, runtime, tokenizer=tokenizer).score_members(rows) for name in models]
+    parts = []
+    for name in models:
+        model = RewardModel.load(name, runtime, tokenizer=tokenizer)
+        parts.append(model.score_members(rows) * model.std)
     return torch.cat(parts)

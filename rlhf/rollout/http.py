@@ -32,6 +32,10 @@ class Unanswered(Exception):
     """No valid answer, for a reason that may pass: nobody is there, too slow, overloaded, or it makes no sense."""
 
 
+class Unreached(Unanswered):
+    """Nobody took the connection, so that the request was not sent."""
+
+
 class Refused(Exception):
     """The server finds the request itself wrong, so that asking again would not help."""
 
@@ -85,7 +89,7 @@ class JsonServer:
         """What the host resolves to now, as `socket.getaddrinfo` gives it.
 
         Raises:
-            Unanswered: it does not resolve.
+            Unreached: it does not resolve.
             ConfigError: one of the addresses is not allowed.
         """
         parts = urlsplit(self.url)
@@ -93,7 +97,7 @@ class JsonServer:
         try:
             found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise Unanswered(f"{parts.hostname} does not resolve ({error})") from None
+            raise Unreached(f"{parts.hostname} does not resolve ({error})") from None
         for *_, address in found:
             if not (self.allow_private or is_public(str(address[0]))):
                 raise ConfigError(
@@ -139,7 +143,11 @@ class JsonServer:
             connection.close()
 
     def _connect(self, ends: float) -> socket.socket:
-        """A connection to the first of the checked addresses that takes one; of https with its certificate checked."""
+        """A connection to the first of the checked addresses that takes one; of https with its certificate checked.
+
+        Raises:
+            Unreached: none does.
+        """
         failure: OSError = TimeoutError()
         for family, kind, protocol, _, address in self.addresses():
             link = socket.socket(family, kind, protocol)
@@ -152,7 +160,9 @@ class JsonServer:
             except OSError as error:
                 link.close()
                 failure = error
-        raise failure
+        if isinstance(failure, TimeoutError):
+            raise Unreached(f"no answer within {self.timeout_s:g} s") from None
+        raise Unreached(str(failure) or type(failure).__name__) from None
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ import pytest
 from judge_server import JudgeServer, letters
 
 from reward_model.labeling import ai, history, moderation
-from reward_model.labeling.ai import people_on
+from reward_model.labeling.ai import noted, people_on
 from reward_model.labeling.export import main as export
-from reward_model.labeling.judge_votes import judge_probability, soft_share
+from reward_model.labeling.judge_votes import judge_wins, soft_wins
 from reward_model.labeling.records import Answer, Candidate, Item, Judgment
 from reward_model.labeling.store import LabelStore
 from rlhf.config_labeling import LabelingStage
@@ -68,7 +68,7 @@ def test_probabilities_come_back_in_canonical_order(judge_server: JudgeServer, s
     ai.main(cfg)
     first, second = judgments(cfg)[:2]
     # Response 1 is the longer one: second at 0.4 for the first, then first at 0.9.
-    assert [judge_probability(j) for j in (first, second)] == pytest.approx([0.6, 0.9])
+    assert [1 - (judge_wins(j) or {})[0, 1] for j in (first, second)] == pytest.approx([0.6, 0.9])
     assert [j.value for j in (first, second)] == [1, 2]  # 0.1 and 0.4 from one half, in sixths: 0.6 and 2.4
 
 
@@ -223,6 +223,94 @@ def test_the_export_has_the_soft_label_of_both_orders(judge_server: JudgeServer,
     assert [line["wins"][1][0] for line in lines] == pytest.approx([expected] * 5)
 
 
+def exported(cfg: LabelingStage, name: str) -> list[dict[str, Any]]:
+    """The lines of the files `name` of an export of both splits."""
+    cfg.export.resamples = 1
+    export(cfg)
+    files = sorted(Path(cfg.run_dir).glob(f"export/{name}"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_a_probability_is_exported_without_a_margin(judge_server: JudgeServer, stage: Any) -> None:
+    """A soft label of 0.75 beside a margin of 1.5 is learned as 0.9: its own strength is counted twice."""
+    judge_server.judge = lambda first, second: letters(0.9 if len(first) > len(second) else 0.4)
+    cfg = stage()
+    ai.main(cfg)
+    pairs, preferences = exported(cfg, "pairs.*.jsonl"), exported(cfg, "preferences.*.jsonl")
+    assert [line["probability"] for line in preferences] == [0.75] * 5
+    assert not any("margin" in line for line in [*pairs, *preferences])
+
+
+def test_the_export_of_a_ranking_has_the_soft_label_of_every_pair(judge_server: JudgeServer, stage: Any) -> None:
+    """By number of words: the longer one at 0.9 in the first place, at 0.7 in the second; 8 beside 10 by the place."""
+
+    def judge(first: str, second: str) -> Any:
+        one, other = len(first.split()), len(second.split())
+        if {one, other} == {8, 10}:
+            return letters(0.8)
+        return letters(0.9 if one > other else 0.3)
+
+    judge_server.judge = judge
+    cfg = stage()
+    ai.main(cfg)
+    (line,) = exported(cfg, "rankings.*.jsonl")
+    words = [len(text.split()) for text in line["responses"]]
+    for i, a in enumerate(words):
+        for j, b in enumerate(words):
+            soft = 0.5 if a == b or {a, b} == {8, 10} else 0.8 if a > b else 0.2
+            assert line["wins"][i][j] == pytest.approx(soft)
+    # Sums of wins of 8 to 11 words: 0.2 + 0.5 + 0.2, 0.8 + 0.2 + 0.2, 0.5 + 0.8 + 0.2, 3 * 0.8.
+    assert [line["ranks"][words.index(n)] for n in (8, 9, 10, 11)] == [4, 3, 2, 1]
+
+
+def test_raw_judgments_say_what_each_order_said_of_every_pair(judge_server: JudgeServer, stage: Any) -> None:
+    judge_server.judge = lambda first, second: letters(0.9 if len(first) > len(second) else 0.3)
+    cfg = stage()
+    ai.main(cfg)
+    lines = exported(cfg, "judgments.jsonl")
+    pairs = [line["canonical"]["wins"] for line in lines if line["kind"] == "pair"]
+    assert pairs == 5 * [
+        [[0.5, pytest.approx(0.3)], [pytest.approx(0.7), 0.5]],
+        [[0.5, pytest.approx(0.1)], [0.9, 0.5]],
+    ]
+    shown, swapped = (line["canonical"]["wins"] for line in lines if line["kind"] == "ranking")
+    for i in range(4):
+        for j in range(i + 1, 4):  # the later response is the longer one
+            assert (shown[i][j], swapped[i][j]) == (pytest.approx(0.3), pytest.approx(0.1))
+
+
+def test_rankings_of_before_get_their_probabilities_without_a_question(judge_server: JudgeServer, stage: Any) -> None:
+    """Judged when orders alone were kept: the same command again supersedes them out of the cache."""
+    judge_server.judge = lambda first, second: letters(0.9 if len(first) > len(second) else 0.3)
+    cfg = stage()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ai, "noted", lambda p_first: "")
+        ai.main(cfg)
+    asked = len(judge_server.asked)
+    assert {p for row in exported(cfg, "rankings.*.jsonl")[0]["wins"] for p in row} == {0.0, 0.5, 1.0}
+    ai.main(cfg)
+    assert len(judge_server.asked) == asked
+    assert {round(p, 6) for row in exported(cfg, "rankings.*.jsonl")[0]["wins"] for p in row} == {0.2, 0.5, 0.8}
+
+
+def test_probabilities_are_kept_where_they_fit() -> None:
+    """A note is no longer than 2,000 characters: the 210 pairs of 21 responses, not the 231 of 22."""
+    assert json.loads(noted([1 / 3] * 210))["p_first"] == [0.333333] * 210
+    assert len(noted([1 / 3] * 210)) <= 2_000
+    assert noted([1 / 3] * 231) == ""
+
+
+@pytest.mark.parametrize(
+    "notes", ["", "[]", "3", '{"p_first": "A"}', '{"p_first": [0.5, 0.5]}', '{"p_first": 1.5}', '{"p_first": NaN}', "{"]
+)
+def test_notes_that_hold_no_probabilities_are_no_votes(notes: str) -> None:
+    """Predictions of other tools have notes of their own."""
+    answer = Answer("rank", ranks=[1, 2, 3], notes=notes)
+    assert judge_wins(Judgment(1, "k", "ranking", "judge:a", "judge", [0, 1, 2], answer)) is None
+    answer = Answer("compare", value=1, notes=notes)
+    assert judge_wins(Judgment(1, "k", "pair", "judge:a", "judge", [0, 1], answer)) is None
+
+
 def test_each_judge_has_one_voice() -> None:
     def said(judge: str, order: list[int], p_first: float, labeler: Any = "judge") -> Judgment:
         answer = Answer("compare", value=1, notes=json.dumps({"p_first": p_first}))
@@ -230,11 +318,11 @@ def test_each_judge_has_one_voice() -> None:
 
     sure = [said("a", [0, 1], 0.2), said("a", [1, 0], 0.6)]  # 0.8 and 0.6 for response 1
     torn = [said("b", [0, 1], 0.9), said("b", [1, 0], 0.9)]
-    assert soft_share(sure) == pytest.approx(0.7)
-    assert soft_share(torn) == 0.5
-    assert soft_share([*sure, *torn]) == pytest.approx(0.6)
-    assert soft_share([*sure, said("ann", [0, 1], 0.2, "person")]) is None
-    assert soft_share([]) is None
+    assert soft_wins(sure) == {(0, 1): pytest.approx(0.3)}
+    assert soft_wins(torn) == {(0, 1): 0.5}
+    assert soft_wins([*sure, *torn]) == {(0, 1): pytest.approx(0.4)}
+    assert soft_wins([*sure, said("ann", [0, 1], 0.2, "person")]) is None
+    assert soft_wins([]) is None
 
 
 def test_a_project_without_a_judge_or_items_says_so(tmp_path: Path, judge_settings: Any) -> None:

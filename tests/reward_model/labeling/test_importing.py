@@ -330,6 +330,18 @@ def stage(folder: Path, **export_keys: Any) -> LabelingStage:
     return LabelingStage.model_validate({"run_dir": str(folder), "judgments_per_item": 2, "export": keys})
 
 
+def test_it_says_how_many_soft_labels_became_orders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    rows = [{**pair, "prompt": f"q{i}", "probability": p} for i, p in enumerate([1.0, 0.8, 0.5])]
+    ranked = [{"prompt": f"r{p}", "responses": ["a", "b"], "ranks": [1, 2], "wins": [[0.5, p], [1 - p, 0.5]]}
+              for p in (0.9, 0.6, 1.0)]  # fmt: skip
+    cfg = LabelingStage(run_dir=str(tmp_path / "run"))
+    for name, lines, soft in (("pairs", rows, 1), ("rankings", ranked, 2), ("hard", [rows[0], rows[2]], 0)):
+        importing.main(cfg, write(tmp_path / f"{name}.jsonl", *lines), with_labels=True)
+        out = capsys.readouterr().out
+        assert (f"{soft} of them came with probabilities" in out) == bool(soft)
+
+
 def test_items_come_with_or_without_their_labels_and_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = write(tmp_path / "tldr.jsonl", TLDR, TLDR | {"worker": "w8", "choice": 0})
     cfg = stage(tmp_path / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,41 @@ def test_what_is_no_verdict_is_no_label_and_not_asked_again(
     again = open_judge(answer=answer)
     assert labels(run(again, contests(1))) == [None]
     assert len(judge_server.asked) == 2
+
+
+def test_a_judge_that_was_mended_after_too_many_failures_goes_on(judge_server: JudgeServer, open_judge: Any) -> None:
+    """Its answers without a verdict would stop the same command for ever."""
+    good, judge_server.judge = judge_server.judge, lambda first, second: "The first one is better."
+    strict: dict[str, Any] = {"max_failures": 0.2, "endpoint": {"parallel": 1}}
+    judge = open_judge(**strict)
+    with pytest.raises(JudgeError, match="5 of 5"):
+        run(judge, contests(30))
+    judge.close()
+    stored = len(judge_server.asked)
+    for _ in range(2):  # not mended: a few are asked anew each time, no more than before
+        again = open_judge(**strict)
+        with pytest.raises(JudgeError, match="5 of 5"):
+            run(again, contests(30))
+        again.close()
+    assert len(judge_server.asked) <= 3 * (stored + 1)
+    judge_server.judge = good
+    mended = open_judge(**strict)
+    assert labels(run(mended, contests(30))) == [{(0, 1): 0.0}] * 30
+    mended.close()
+    asked = len(judge_server.asked)
+    assert labels(run(open_judge(**strict), contests(30))) == [{(0, 1): 0.0}] * 30
+    assert len(judge_server.asked) == asked
+
+
+def test_what_was_not_sent_costs_no_tokens(open_judge: Any) -> None:
+    """Nobody listens on that port: the budget of a judge that was not there is not used up."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        judge = open_judge(endpoint={"url": f"http://127.0.0.1:{held.getsockname()[1]}/v1", "attempts": 2})
+        assert labels(run(judge, contests(1))) == [None]
+    spent = judge.ledger.spent()
+    assert (spent.tokens_in, spent.tokens_out) == (0, 0)
+    assert report(judge, 1)["failures"] == {"unanswered": 2}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,19 @@ def test_reward_models_score_the_tokens_that_were_sampled(tmp_path: Path, tiny: 
     far, _ = read_pools([str(tmp_path / "far.parquet")])
     with pytest.raises(DataError, match="does not know"):
         queue.score([tiny.reward], far, seed=0)
+
+
+def test_disagreement_does_not_depend_on_the_normalisation(tmp_path: Path, tiny: Any) -> None:
+    """Scores are log odds as they were trained: in units of a spread of 4 all would look torn."""
+    shutil.copytree(tiny.reward, tmp_path / "reward")
+    given = [Pool("q", "q", [Candidate(str(i), tokens=[7, 5, i]) for i in range(8, 13)])]
+    found = []
+    for mean, std in ((0.0, 1.0), (5.0, 4.0)):
+        said = {"mean": mean, "std": std, "zero_is": "training responses"}
+        (tmp_path / "reward" / "reward_normalisation.json").write_text(json.dumps(said))
+        found.append(doubts(queue.score([str(tmp_path / "reward")], given, seed=0)))
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+    assert found[0].std() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["heads", "adapters"])
