@@ -34,6 +34,8 @@ class ScalarModel(nn.Module):
         self.classifier = classifier
         self.branch: nn.Module | None = None
         """Computes the hidden states instead of the classifier's own backbone (`models.sharing`)."""
+        self.unread_id: int | None = None
+        """A token after which no score is read, though it is none of the padding."""
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
@@ -55,8 +57,11 @@ class ScalarModel(nn.Module):
         return (raw_BT - self.mean) / self.std
 
     def score_last(self, tokens_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """Normalised score at the last real token, shape [B], wherever the padding stands."""
-        return at_last_token(self(tokens_BT, attention_mask_BT), attention_mask_BT)
+        """Normalised score at the last real token but `unread_id`, shape [B], wherever the padding stands."""
+        scores_BT = self(tokens_BT, attention_mask_BT)
+        if self.unread_id is None:
+            return at_last_token(scores_BT, attention_mask_BT)
+        return at_last_token(scores_BT, attention_mask_BT.bool() & (tokens_BT != self.unread_id))
 
 
 def read_with(head: nn.Linear, hidden_BTH: Tensor) -> Tensor:
@@ -90,6 +95,9 @@ def load_scalar_model(
 ) -> ScalarModel:
     """A scalar model with its normalisation, if it comes with one; arguments as `load_sequence_classifier`.
 
+    A trained one that comes without is not of ours. transformers, by which others train and measure theirs, never reads
+    a score at the pad token: where that is the EOS, as often, their head knows the token before it.
+
     Raises:
         ModelError: as `load_sequence_classifier`, or its normalisation cannot be read.
     """
@@ -97,9 +105,12 @@ def load_scalar_model(
     file = file_beside(name, NORMALISATION_FILE)
     try:
         moments = json.loads(file.read_text()) if file else {}
-        return ScalarModel(classifier, mean=float(moments.get("mean", 0.0)), std=float(moments.get("std", 1.0)))
+        scalar = ScalarModel(classifier, mean=float(moments.get("mean", 0.0)), std=float(moments.get("std", 1.0)))
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} is damaged ({error})", fix="restore it, or train the reward model again") from None
+    if file is None and not new_head:
+        scalar.unread_id = classifier.config.pad_token_id
+    return scalar
 
 
 def file_beside(name: str, file: str) -> Path | None:

@@ -53,17 +53,20 @@ def run_eval(model: str, *files: str, tmp_path: Path, **changes: Any) -> dict[st
 
 
 def test_a_model_of_others_scores_here_as_in_transformers(foreign: str, tiny: Any, runtime: Any) -> None:
-    """One row at a time, for with pad == eos transformers would look for the last token before the EOS."""
+    """With pad == eos transformers reads the score before the EOS, and so others trained the head; alone and padded."""
     rows = [
         prompt_tokens(tiny.tokenizer, "why", chat=True) + response_tokens(tiny.tokenizer, a, finished=True)
         for a in (GOOD, POOR)
     ]
+    assert [row[-1] for row in rows] == [tiny.eos] * 2
+    rows += [rows[0][:-1], rows[1][:3]]  # cut off before the EOS, and far before it
     model: Any = LlamaForSequenceClassification.from_pretrained(foreign)
-    model.config.pad_token_id = None
     with torch.no_grad():
         expected = [float(model(torch.tensor([row])).logits) for row in rows]
-    found = RewardModel.load(foreign, runtime, tokenizer=tiny.tokenizer).score_tokens(rows)
-    assert found == pytest.approx(expected, abs=1e-5)
+    scorer = RewardModel.load(foreign, runtime, tokenizer=tiny.tokenizer)
+    assert scorer.score_tokens(rows) == pytest.approx(expected, abs=1e-5)
+    assert scorer.score_tokens(rows[1:2]) == pytest.approx(expected[1:2], abs=1e-5)
+    assert expected[0] == pytest.approx(expected[2], abs=1e-6)
     assert abs(expected[0] - expected[1]) > 1e-3
 
 
@@ -215,7 +218,6 @@ def test_tokens_that_mean_something_else_are_refused_or_made_anew(other_tokens: 
     swapped = {vocabulary["sun"]: vocabulary["rain"], vocabulary["rain"]: vocabulary["sun"]}
     rows = [[swapped.get(token, token) for token in rollout.tokens] for rollout in anew]
     model: Any = LlamaForSequenceClassification.from_pretrained(other_tokens)
-    model.config.pad_token_id = None
     with torch.no_grad():
         expected = [float(model(torch.tensor([row])).logits) for row in rows]
     assert [r.score for r in anew] == pytest.approx(expected, abs=1e-5)
