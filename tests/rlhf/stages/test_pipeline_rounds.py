@@ -164,9 +164,18 @@ def test_keys_of_runs_from_before_there_were_rounds_are_the_same() -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(pipeline_file: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def started(pipeline_file: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A YAML of two rounds; the first test on it runs them, with an end in the middle."""
     return pipeline_file(tmp_path_factory.mktemp("rounds"), rounds=2)
+
+
+@pytest.fixture
+def finished(started: Path, request: pytest.FixtureRequest) -> Path:
+    """The same, run to its end: here, where that test was not chosen."""
+    if not (started.parent / "run" / "report.html").exists():
+        request.getfixturevalue("stages_run")
+        run(started)
+    return started
 
 
 class Killed(BaseException):
@@ -174,12 +183,12 @@ class Killed(BaseException):
 
 
 def test_one_round_then_two_killed_between_stages_and_gone_on(
-    finished: Path, stages_run: list[str], monkeypatch: pytest.MonkeyPatch
+    started: Path, stages_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(finished, "rounds=1")
+    run(started, "rounds=1")
     assert stages_run == list(pipeline.ORDER)
     stages_run.clear()
-    assert to_run(finished) == [*SECOND, "evaluate", "report"], "the first round is done already"
+    assert to_run(started) == [*SECOND, "evaluate", "report"], "the first round is done already"
     inner = pipeline.subprocess.run
 
     def killed_at_reward(command: list[str], **options: Any) -> Any:
@@ -190,13 +199,13 @@ def test_one_round_then_two_killed_between_stages_and_gone_on(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "subprocess", SimpleNamespace(run=killed_at_reward))
         with pytest.raises(Killed):
-            run(finished)
-    assert to_run(finished) == [*SECOND[2:], "evaluate", "report"]
+            run(started)
+    assert to_run(started) == [*SECOND[2:], "evaluate", "report"]
     stages_run.clear()
-    run(finished)
+    run(started)
     assert stages_run == ["reward", "ppo", "evaluate", "report"]
     stages_run.clear()
-    run(finished)
+    run(started)
     assert stages_run == []
 
 
