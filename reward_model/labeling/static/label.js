@@ -17,7 +17,7 @@ const $ = (id) => document.getElementById(id);
 const page = { task: null, busy: true, shownAt: 0, confidence: 0, raw: false, diff: false, polling: 0 };
 const session = { count: 0, ms: 0 };
 const lease = { since: 0, lasts: 0, asking: false };
-let ranking = { places: [], tied: [], at: -1 };
+let ranking = { groups: [], marked: -1 }; // places, the best group first; those in a group tie
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -167,43 +167,49 @@ $("flag").addEventListener("close", () => {
 
 /** Ranks by place, 1 the best; equal ones share theirs and leave no gap. */
 function ranks() {
-  const found = new Array(ranking.places.length);
-  let rank = 0;
-  ranking.places.forEach((place, i) => {
-    if (i === 0 || !ranking.tied[i]) rank += 1;
-    found[place] = rank;
-  });
+  const found = [];
+  ranking.groups.forEach((group, i) => group.forEach((place) => (found[place] = i + 1)));
   return found;
+}
+
+/** Which group the marked response is in, -1 if none is marked, and where in it. */
+function marked() {
+  const at = ranking.groups.findIndex((group) => group.includes(ranking.marked));
+  return [at, ranking.groups[at]?.indexOf(ranking.marked)];
 }
 
 const ranked = {
   place(place) {
     if (place >= page.task.responses.length) return;
-    const found = ranking.places.indexOf(place);
-    if (found < 0) {
-      ranking.places.push(place);
-      ranking.tied.push(false);
-    }
-    ranking.at = found < 0 ? ranking.places.length - 1 : found;
+    if (!ranking.groups.flat().includes(place)) ranking.groups.push([place]);
+    ranking.marked = place;
   },
+  /** One rank up or down: out of its ties if it has any, else past the next rank, which stays as it is. */
   move(by) {
-    const { places, at } = ranking;
-    const to = at + by;
-    if (at < 0 || to < 0 || to >= places.length) return;
-    [places[at], places[to]] = [places[to], places[at]];
-    ranking.at = to;
+    const { groups } = ranking;
+    const [at, within] = marked();
+    if (at < 0) return;
+    const [group] = groups.splice(at, 1);
+    if (group.length === 1) return void groups.splice(Math.max(0, at + by), 0, group);
+    const alone = group.splice(within, 1);
+    groups.splice(at, 0, ...(by < 0 ? [alone, group] : [group, alone]));
   },
   tie() {
-    if (ranking.at > 0) ranking.tied[ranking.at] = !ranking.tied[ranking.at];
+    const { groups } = ranking;
+    const [at, within] = marked();
+    if (within > 0) groups.splice(at + 1, 0, groups[at].splice(within));
+    else if (at > 0) groups[at - 1].push(...groups.splice(at, 1)[0]);
   },
+  /** Who tied with it, or did not, stays so. */
   out() {
-    if (ranking.at < 0) return;
-    ranking.places.splice(ranking.at, 1);
-    ranking.tied.splice(ranking.at, 1);
-    ranking.at = Math.min(ranking.at, ranking.places.length - 1);
+    const order = ranking.groups.flat();
+    const i = order.indexOf(ranking.marked);
+    if (i < 0) return;
+    const left = ranking.groups.map((group) => group.filter((place) => place !== ranking.marked));
+    ranking = { groups: left.filter((group) => group.length), marked: order[i + 1] ?? order[i - 1] ?? -1 };
   },
   reset() {
-    ranking = { places: [], tied: [], at: -1 };
+    ranking = { groups: [], marked: -1 };
   },
 };
 
@@ -216,20 +222,20 @@ function rank(step, ...values) {
 
 function submitRanking() {
   if (page.task?.kind !== "ranking") return;
-  if (ranking.places.length < page.task.responses.length) return say("Every response needs a place first.");
+  if (ranking.groups.flat().length < page.task.responses.length) return say("Every response needs a place first.");
   judge(document.querySelector("[data-do=submit]"), orderInWords(), "rank", { ranks: ranks() });
 }
 
 function orderInWords() {
-  return ranking.places.map((place, i) => (i ? (ranking.tied[i] ? " = " : " > ") : "") + (place + 1)).join("");
+  return ranking.groups.map((group) => group.map((place) => place + 1).join(" = ")).join(" > ");
 }
 
 function showRanking() {
-  const chips = ranking.places.map((place, i) => {
+  const chips = ranking.groups.flatMap((group) => group.map((place, i) => {
     const chip = element("button", { type: "button", class: "place", "data-do": `place-${place}` }, String(place + 1));
-    if (i === ranking.at) chip.setAttribute("aria-current", "true");
-    return element("li", { "data-tied": i > 0 && ranking.tied[i] ? "yes" : "no" }, chip);
-  });
+    if (place === ranking.marked) chip.setAttribute("aria-current", "true");
+    return element("li", { "data-tied": i > 0 ? "yes" : "no" }, chip);
+  }));
   $("order").replaceChildren(...chips);
   $("order-hint").hidden = chips.length > 0;
   const found = ranks();
@@ -291,10 +297,9 @@ function restore(previous) {
   $("notes").value = previous?.notes ?? "";
   showNotes(Boolean(previous?.notes));
   if (previous?.ranks) {
-    const places = previous.ranks.map((_, place) => place);
-    places.sort((one, other) => previous.ranks[one] - previous.ranks[other]);
-    const tied = places.map((place, i) => i > 0 && previous.ranks[place] === previous.ranks[places[i - 1]]);
-    ranking = { places, tied, at: places.length - 1 };
+    const groups = Array.from({ length: Math.max(...previous.ranks) }, () => []);
+    previous.ranks.forEach((rank, place) => groups[rank - 1].push(place));
+    ranking = { groups, marked: groups.at(-1).at(-1) };
   }
   if (page.task.kind === "ranking") showRanking();
   const before = previous?.choice === "compare" ? previous.value + 4 : previous?.choice;

@@ -249,6 +249,11 @@ RANKINGS = {
     "1 2 3 Backspace Backspace 3 4 2": [1, 4, 2, 3],
     "1 2 3 4 2 Backspace 2 =": [1, 3, 2, 3],
     "4 4 3 2 1 9 ArrowRight": [4, 3, 2, 1],
+    "1 2 3 = 2 Backspace 2 4": [1, 3, 2, 4],
+    "3 1 = 2 ArrowLeft 4": [2, 1, 2, 3],
+    "1 2 = 3 4 2 ArrowLeft": [2, 1, 3, 4],
+    "1 2 = 3 4 1 ArrowRight ArrowRight": [3, 1, 2, 4],
+    "1 2 3 = 4 = 3 t": [1, 2, 3, 3],
     "1 2 = 3 = 4 =": [1, 1, 1, 1],
 }
 """Keys, and the ranks by place that they mean; worked out by hand."""
