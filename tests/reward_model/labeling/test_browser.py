@@ -573,6 +573,15 @@ def test_an_endless_line_is_wrapped_and_an_empty_response_is_called_so(served: A
     assert "(empty)" in empty.evaluate("box => getComputedStyle(box, '::before').content")
 
 
+def test_a_heading_of_a_response_looks_like_its_text(served: Any, opened: Any) -> None:
+    site = served([Item("Why?", [Candidate("## Part\n\nBecause."), Candidate("### Part\n\nBecause.")])])
+    page = opened(site.url, viewport={"width": 390, "height": 844})
+    look = "e => (({ color, position, display, padding }) => [color, position, display, padding])(getComputedStyle(e))"
+    heading, like = page.locator(".response .text h2"), page.locator(".response .text h3")
+    assert heading.evaluate(look) == like.evaluate(look)
+    expect(page.locator(".response > h2").first).to_have_css("position", "sticky")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_needs_no_horizontal_scrolling(served: Any, opened: Any, scheme: str) -> None:
     wide = (
