@@ -11,11 +11,12 @@ import { ask, passing, persist, storage, submissionId } from "/static/server.js"
 const GUARD_MS = 250; // a new item takes no answer that early: a second press was meant for the one before
 const TICK_MS = 5_000;
 const POLL_MS = 15_000;
+const FIRST_POLL_MS = 1_500; // the totals that come with the last answer may be a second old
 
 const $ = (id) => document.getElementById(id);
 
 const page = { task: null, busy: true, shownAt: 0, confidence: 0, raw: false, diff: false, polling: 0 };
-const session = { count: 0, ms: 0 };
+const session = { from: Infinity, ms: 0 }; // judgments before this page was opened, and the time since
 const lease = { since: 0, lasts: 0, asking: false };
 let ranking = { groups: [], marked: -1 }; // places, the best group first; those in a group tie
 
@@ -94,7 +95,6 @@ async function judge(button, label, choice, fields = {}) {
     ...fields,
   };
   storage.write("pending", pending);
-  session.count += 1;
   session.ms += clock.ms;
   showSession();
   await deliver(pending, label);
@@ -110,7 +110,6 @@ async function deliver(pending, label) {
     } catch (error) {
       // After a login, what was refused with these two can be sent.
       if (error.status !== 401 && error.status !== 403) storage.write("pending", null);
-      session.count = Math.max(0, session.count - 1);
       throw error;
     }
   });
@@ -124,7 +123,7 @@ function compare(step) {
 
 /** Asked once only: an undo that is repeated, since its answer was lost, would take back one judgment more. */
 async function undo() {
-  if (page.busy) return;
+  if (page.busy || $("app").dataset.state === "paused") return;
   const shown = page.task;
   await turn(async () => {
     let content;
@@ -136,12 +135,11 @@ async function undo() {
       return persist("GET", "/api/task", undefined, say);
     }
     if (!content.task?.previous) {
-      say("There is nothing to undo.");
+      say("There is nothing to undo.", "told");
       return { ...content, task: content.task ?? shown };
     }
-    session.count = Math.max(0, session.count - 1);
     $("last").hidden = true;
-    say("Undone. This is the last item again, with what you had chosen.");
+    say("Undone. This is the last item again, with what you had chosen.", "told");
     return content;
   });
 }
@@ -372,6 +370,7 @@ function showProgress(progress) {
   $("bar").value = progress.done;
   $("bar").textContent = `${progress.done} of ${progress.wanted}`;
   $("app").dataset.judged = progress.judged;
+  session.from = Math.min(session.from, progress.judged);
   showSession();
 }
 
@@ -380,7 +379,7 @@ function showSession() {
   if (judged === undefined) return;
   const minutes = Math.round((session.ms + (page.task && !page.busy ? clock.count() : 0)) / 60_000);
   const total = `${$("bar").value} of ${$("bar").max}`;
-  $("counts").textContent = `${total} · yours ${judged} · now ${session.count} in ${minutes} min`;
+  $("counts").textContent = `${total} · yours ${judged} · now ${judged - session.from} in ${minutes} min`;
 }
 
 function showLast(policies, label) {
@@ -391,7 +390,7 @@ function showLast(policies, label) {
     " ",
     element("bdi", {}, policy || "unnamed"),
   ]);
-  $("last").replaceChildren(`Last: ${label || "sent"}. `, ...names.flat());
+  $("last").replaceChildren(`Last: ${label || "sent"}. `, ...(policies.some(Boolean) ? names.flat() : []));
   $("last").hidden = false;
 }
 
@@ -409,7 +408,7 @@ function notice(state, title, text, button, action) {
 }
 
 function showPaused(why) {
-  const text = `${why} What you judged is stored. Please talk to the person who runs this project.`;
+  const text = `${why}. What you judged is stored. Please talk to the person who runs this project.`;
   notice("paused", "Paused", text, "Look again", load);
 }
 
@@ -417,8 +416,9 @@ function showEmpty(progress) {
   const all = progress.wanted ? "You have judged or skipped all items, or others have the rest." : "No items are queued yet.";
   const title = progress.wanted ? "Nothing left for you" : "Nothing to judge yet";
   const text = `${all} This page looks for new ones by itself.`;
+  const wait = $("app").dataset.state === "empty" ? POLL_MS : FIRST_POLL_MS;
   if ($("app").dataset.state !== "empty") notice("empty", title, text, "Look again", load);
-  page.polling = setTimeout(() => (document.hidden ? showEmpty(progress) : load()), POLL_MS);
+  page.polling = setTimeout(() => (document.hidden ? showEmpty(progress) : load()), wait);
 }
 
 /** A refusal that a repetition would not mend: say what it means and what to do. */
@@ -440,7 +440,7 @@ function refused({ status, text }) {
 // --- keys and buttons --------------------------------------------------------------------------------------------
 
 const ACTIONS = {
-  both_bad: (button) => judge(button, "All bad", "both_bad"),
+  both_bad: (button) => judge(button, $("bad-label").textContent, "both_bad"),
   skip: (button) => judge(button, "Skipped", "skip"),
   flag: askFlag,
   undo,

@@ -239,6 +239,39 @@ def test_skip_and_flag(served: Any, opened: Any) -> None:
     assert list(site.store.item_states().values()).count("flagged") == 1
 
 
+def test_what_was_done_is_said_in_the_buttons_words(served: Any, opened: Any) -> None:
+    site = served([Item(f"Why {i}?", [Candidate("one"), Candidate("two")]) for i in range(3)])
+    page = opened(site.url)
+    page.keyboard.press("u")
+    said = page.locator("#status")
+    visible = "e => e.getBoundingClientRect().width > 100"
+    expect(said).to_have_text("There is nothing to undo.")
+    assert said.evaluate(visible)
+    press(page, "b")
+    expect(page.locator("#last")).to_have_text("Last: Both bad.")  # nobody's names, and none called so
+    press(page, "s")
+    expect(page.locator("#counts")).to_contain_text("yours 1 · now 1 ")
+    press(page, "u")
+    expect(said).to_contain_text("Undone.")
+    assert said.evaluate(visible)
+    expect(page.locator("#counts")).to_contain_text("yours 1 · now 1 ")
+    press(page, "u")
+    expect(page.locator("#counts")).to_contain_text("yours 0 · now 0 ")
+    press(page, "1")
+    expect(said).to_have_text("")
+    assert not said.evaluate(visible)
+
+
+def test_after_the_last_item_the_page_soon_looks_again(served: Any, opened: Any) -> None:
+    """What it shows of the project's progress may be older than the last answer."""
+    site = served(pairs(1))
+    page = opened(site.url)
+    press(page, "1")
+    state(page, "empty")
+    with page.expect_request("**/api/task"):
+        page.clock.pause_at(page.evaluate("Date.now()") / 1_000 + 2)
+
+
 RANKINGS = {
     "3 1 4 2": [2, 4, 1, 3],
     "3 1 = 4 2": [1, 3, 1, 2],
@@ -327,7 +360,9 @@ def test_wrong_answers_to_gold_questions_pause(served: Any, opened: Any) -> None
     for _ in range(2):
         press(page, "7" if texts(page)[0].startswith("first") else "1")
     state(page, "paused")
-    expect(page.locator("#notice")).to_contain_text("What you judged is stored.")
+    expect(page.locator("#notice")).to_contain_text("were right. What you judged is stored.")
+    page.keyboard.press("u")
+    expect(page.get_by_role("button", name="Look again")).to_be_focused()
     page.reload()
     state(page, "paused")
     assert len(site.judgments()) == 2
