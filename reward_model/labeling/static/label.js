@@ -11,11 +11,12 @@ import { ask, passing, persist, storage, submissionId } from "/static/server.js"
 const GUARD_MS = 250; // a new item takes no answer that early: a second press was meant for the one before
 const TICK_MS = 5_000;
 const POLL_MS = 15_000;
+const TOLD_MS = 6_000;
 const FIRST_POLL_MS = 1_500; // the totals that come with the last answer may be a second old
 
 const $ = (id) => document.getElementById(id);
 
-const page = { task: null, busy: true, shownAt: 0, confidence: 0, raw: false, diff: false, polling: 0 };
+const page = { task: null, busy: true, shownAt: 0, confidence: 0, raw: false, diff: false, polling: 0, telling: 0 };
 const session = { from: Infinity, ms: 0 }; // judgments before this page was opened, and the time since
 const lease = { since: 0, lasts: 0, asking: false };
 let ranking = { groups: [], marked: -1 }; // places, the best group first; those in a group tie
@@ -246,9 +247,12 @@ function showRanking() {
 
 // --- what is seen ------------------------------------------------------------------------------------------------
 
+/** Tells a screen reader; a `warn` stays on the screen until something else is said, what is `told` for a while. */
 function say(text, tone = "") {
+  clearTimeout(page.telling);
   $("status").textContent = text;
   $("status").dataset.tone = tone;
+  if (tone === "told") page.telling = setTimeout(() => ($("status").dataset.tone = ""), TOLD_MS);
 }
 
 function showTask(task) {

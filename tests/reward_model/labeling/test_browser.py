@@ -257,6 +257,9 @@ def test_what_was_done_is_said_in_the_buttons_words(served: Any, opened: Any) ->
     expect(page.locator("#counts")).to_contain_text("yours 1 · now 1 ")
     press(page, "u")
     expect(page.locator("#counts")).to_contain_text("yours 0 · now 0 ")
+    page.clock.fast_forward(10_000)  # on a phone it covers the links at the top
+    expect(said).to_contain_text("Undone.")
+    assert not said.evaluate(visible)
     press(page, "1")
     expect(said).to_have_text("")
     assert not said.evaluate(visible)
