@@ -42,7 +42,7 @@ ANNOTATOR_COLUMNS = {
     "too_fast_share": "too fast",
 }
 MODELS = {
-    ("dawid_skene", "accuracy"): "Dawid-Skene",
+    ("dawid_skene", "accuracy"): "Dawid-Skene, no prior",
     ("mace", "competence"): "MACE",
     ("noisy_bradley_terry", "skill"): "noisy Bradley-Terry",
 }

@@ -61,12 +61,21 @@ def main(
         added = store.add_items(entry.item for entry in imported)
         what = "gold questions" if gold else "items"
         print(f"{file}: {added.new} new {what}, {added.known} known")
+        if added.known and (others := _queued_as_others(store, imported, gold)):
+            before, stay = "an item" if gold else "a gold question", "was" if others == 1 else "were each"
+            print(f"  {others} of the known ones {stay} queued as {before} before and stays one")
         if with_labels:
             labels = record(store, imported)
             names = sorted({said.annotator for entry in imported for said in entry.said})
             print(f"  {labels} labels by {len(names)} annotators: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
             if soft := sum(said.was_soft for entry in imported for said in entry.said):
                 print(f"  {soft} of them came with probabilities; of these the order alone is stored")
+
+
+def _queued_as_others(store: LabelStore, imported: Sequence[Imported], gold: bool) -> int:
+    """How many of these are gold questions in the database and were not to be, or the other way round."""
+    keys = {entry.item.key for entry in imported}
+    return sum((item.gold_ranks is not None) != gold for item in store.items() if item.key in keys)
 
 
 def read(file: str, format: str = "auto", max_bad_fraction: float = 0.0) -> list[Imported]:

@@ -11,13 +11,15 @@ import { ask, passing, persist, storage, submissionId } from "/static/server.js"
 const GUARD_MS = 250; // a new item takes no answer that early: a second press was meant for the one before
 const TICK_MS = 5_000;
 const POLL_MS = 15_000;
+const TOLD_MS = 6_000;
+const FIRST_POLL_MS = 1_500; // the totals that come with the last answer may be a second old
 
 const $ = (id) => document.getElementById(id);
 
-const page = { task: null, busy: true, shownAt: 0, confidence: 0, raw: false, diff: false, polling: 0 };
-const session = { count: 0, ms: 0 };
+const page = { task: null, busy: true, shownAt: 0, confidence: 0, raw: false, diff: false, polling: 0, telling: 0 };
+const session = { from: Infinity, ms: 0 }; // judgments before this page was opened, and the time since
 const lease = { since: 0, lasts: 0, asking: false };
-let ranking = { places: [], tied: [], at: -1 };
+let ranking = { groups: [], marked: -1 }; // places, the best group first; those in a group tie
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -94,7 +96,6 @@ async function judge(button, label, choice, fields = {}) {
     ...fields,
   };
   storage.write("pending", pending);
-  session.count += 1;
   session.ms += clock.ms;
   showSession();
   await deliver(pending, label);
@@ -110,7 +111,6 @@ async function deliver(pending, label) {
     } catch (error) {
       // After a login, what was refused with these two can be sent.
       if (error.status !== 401 && error.status !== 403) storage.write("pending", null);
-      session.count = Math.max(0, session.count - 1);
       throw error;
     }
   });
@@ -124,7 +124,7 @@ function compare(step) {
 
 /** Asked once only: an undo that is repeated, since its answer was lost, would take back one judgment more. */
 async function undo() {
-  if (page.busy) return;
+  if (page.busy || $("app").dataset.state === "paused") return;
   const shown = page.task;
   await turn(async () => {
     let content;
@@ -137,16 +137,15 @@ async function undo() {
       return now;
     }
     if (!content.task?.previous) {
-      say("There is nothing to undo.");
+      say("There is nothing to undo.", "told");
       return { ...content, task: content.task ?? shown };
     }
-    session.count = Math.max(0, session.count - 1);
     $("last").hidden = true;
     const gone = content.task.passed_over;
     if (gone) {
       const what = gone > 1 ? `The ${gone} items that you skipped or flagged last` : "The item that you skipped or flagged last";
       say(`${what} cannot come back. Undone is the one before, with what you had chosen.`, "warn");
-    } else say("Undone. This is the last item again, with what you had chosen.");
+    } else say("Undone. This is the last item again, with what you had chosen.", "told");
     return content;
   });
 }
@@ -172,43 +171,49 @@ $("flag").addEventListener("close", () => {
 
 /** Ranks by place, 1 the best; equal ones share theirs and leave no gap. */
 function ranks() {
-  const found = new Array(ranking.places.length);
-  let rank = 0;
-  ranking.places.forEach((place, i) => {
-    if (i === 0 || !ranking.tied[i]) rank += 1;
-    found[place] = rank;
-  });
+  const found = [];
+  ranking.groups.forEach((group, i) => group.forEach((place) => (found[place] = i + 1)));
   return found;
+}
+
+/** Which group the marked response is in, -1 if none is marked, and where in it. */
+function marked() {
+  const at = ranking.groups.findIndex((group) => group.includes(ranking.marked));
+  return [at, ranking.groups[at]?.indexOf(ranking.marked)];
 }
 
 const ranked = {
   place(place) {
     if (place >= page.task.responses.length) return;
-    const found = ranking.places.indexOf(place);
-    if (found < 0) {
-      ranking.places.push(place);
-      ranking.tied.push(false);
-    }
-    ranking.at = found < 0 ? ranking.places.length - 1 : found;
+    if (!ranking.groups.flat().includes(place)) ranking.groups.push([place]);
+    ranking.marked = place;
   },
+  /** One rank up or down: out of its ties if it has any, else past the next rank, which stays as it is. */
   move(by) {
-    const { places, at } = ranking;
-    const to = at + by;
-    if (at < 0 || to < 0 || to >= places.length) return;
-    [places[at], places[to]] = [places[to], places[at]];
-    ranking.at = to;
+    const { groups } = ranking;
+    const [at, within] = marked();
+    if (at < 0) return;
+    const [group] = groups.splice(at, 1);
+    if (group.length === 1) return void groups.splice(Math.max(0, at + by), 0, group);
+    const alone = group.splice(within, 1);
+    groups.splice(at, 0, ...(by < 0 ? [alone, group] : [group, alone]));
   },
   tie() {
-    if (ranking.at > 0) ranking.tied[ranking.at] = !ranking.tied[ranking.at];
+    const { groups } = ranking;
+    const [at, within] = marked();
+    if (within > 0) groups.splice(at + 1, 0, groups[at].splice(within));
+    else if (at > 0) groups[at - 1].push(...groups.splice(at, 1)[0]);
   },
+  /** Who tied with it, or did not, stays so. */
   out() {
-    if (ranking.at < 0) return;
-    ranking.places.splice(ranking.at, 1);
-    ranking.tied.splice(ranking.at, 1);
-    ranking.at = Math.min(ranking.at, ranking.places.length - 1);
+    const order = ranking.groups.flat();
+    const i = order.indexOf(ranking.marked);
+    if (i < 0) return;
+    const left = ranking.groups.map((group) => group.filter((place) => place !== ranking.marked));
+    ranking = { groups: left.filter((group) => group.length), marked: order[i + 1] ?? order[i - 1] ?? -1 };
   },
   reset() {
-    ranking = { places: [], tied: [], at: -1 };
+    ranking = { groups: [], marked: -1 };
   },
 };
 
@@ -221,20 +226,20 @@ function rank(step, ...values) {
 
 function submitRanking() {
   if (page.task?.kind !== "ranking") return;
-  if (ranking.places.length < page.task.responses.length) return say("Every response needs a place first.");
+  if (ranking.groups.flat().length < page.task.responses.length) return say("Every response needs a place first.");
   judge(document.querySelector("[data-do=submit]"), orderInWords(), "rank", { ranks: ranks() });
 }
 
 function orderInWords() {
-  return ranking.places.map((place, i) => (i ? (ranking.tied[i] ? " = " : " > ") : "") + (place + 1)).join("");
+  return ranking.groups.map((group) => group.map((place) => place + 1).join(" = ")).join(" > ");
 }
 
 function showRanking() {
-  const chips = ranking.places.map((place, i) => {
+  const chips = ranking.groups.flatMap((group) => group.map((place, i) => {
     const chip = element("button", { type: "button", class: "place", "data-do": `place-${place}` }, String(place + 1));
-    if (i === ranking.at) chip.setAttribute("aria-current", "true");
-    return element("li", { "data-tied": i > 0 && ranking.tied[i] ? "yes" : "no" }, chip);
-  });
+    if (place === ranking.marked) chip.setAttribute("aria-current", "true");
+    return element("li", { "data-tied": i > 0 ? "yes" : "no" }, chip);
+  }));
   $("order").replaceChildren(...chips);
   $("order-hint").hidden = chips.length > 0;
   const found = ranks();
@@ -247,9 +252,12 @@ function showRanking() {
 
 // --- what is seen ------------------------------------------------------------------------------------------------
 
+/** Tells a screen reader; a `warn` stays on the screen until something else is said, what is `told` for a while. */
 function say(text, tone = "") {
+  clearTimeout(page.telling);
   $("status").textContent = text;
   $("status").dataset.tone = tone;
+  if (tone === "told") page.telling = setTimeout(() => ($("status").dataset.tone = ""), TOLD_MS);
 }
 
 function showTask(task) {
@@ -296,10 +304,9 @@ function restore(previous) {
   $("notes").value = previous?.notes ?? "";
   showNotes(Boolean(previous?.notes));
   if (previous?.ranks) {
-    const places = previous.ranks.map((_, place) => place);
-    places.sort((one, other) => previous.ranks[one] - previous.ranks[other]);
-    const tied = places.map((place, i) => i > 0 && previous.ranks[place] === previous.ranks[places[i - 1]]);
-    ranking = { places, tied, at: places.length - 1 };
+    const groups = Array.from({ length: Math.max(...previous.ranks) }, () => []);
+    previous.ranks.forEach((rank, place) => groups[rank - 1].push(place));
+    ranking = { groups, marked: groups.at(-1).at(-1) };
   }
   if (page.task.kind === "ranking") showRanking();
   const before = previous?.choice === "compare" ? previous.value + 4 : previous?.choice;
@@ -372,6 +379,7 @@ function showProgress(progress) {
   $("bar").value = progress.done;
   $("bar").textContent = `${progress.done} of ${progress.wanted}`;
   $("app").dataset.judged = progress.judged;
+  session.from = Math.min(session.from, progress.judged);
   showSession();
 }
 
@@ -380,7 +388,7 @@ function showSession() {
   if (judged === undefined) return;
   const minutes = Math.round((session.ms + (page.task && !page.busy ? clock.count() : 0)) / 60_000);
   const total = `${$("bar").value} of ${$("bar").max}`;
-  $("counts").textContent = `${total} · yours ${judged} · now ${session.count} in ${minutes} min`;
+  $("counts").textContent = `${total} · yours ${judged} · now ${judged - session.from} in ${minutes} min`;
 }
 
 function showLast(policies, label) {
@@ -391,7 +399,7 @@ function showLast(policies, label) {
     " ",
     element("bdi", {}, policy || "unnamed"),
   ]);
-  $("last").replaceChildren(`Last: ${label || "sent"}. `, ...names.flat());
+  $("last").replaceChildren(`Last: ${label || "sent"}. `, ...(policies.some(Boolean) ? names.flat() : []));
   $("last").hidden = false;
 }
 
@@ -409,7 +417,7 @@ function notice(state, title, text, button, action) {
 }
 
 function showPaused(why) {
-  const text = `${why} What you judged is stored. Please talk to the person who runs this project.`;
+  const text = `${why}. What you judged is stored. Please talk to the person who runs this project.`;
   notice("paused", "Paused", text, "Look again", load);
 }
 
@@ -417,8 +425,9 @@ function showEmpty(progress) {
   const all = progress.wanted ? "You have judged or skipped all items, or others have the rest." : "No items are queued yet.";
   const title = progress.wanted ? "Nothing left for you" : "Nothing to judge yet";
   const text = `${all} This page looks for new ones by itself.`;
+  const wait = $("app").dataset.state === "empty" ? POLL_MS : FIRST_POLL_MS;
   if ($("app").dataset.state !== "empty") notice("empty", title, text, "Look again", load);
-  page.polling = setTimeout(() => (document.hidden ? showEmpty(progress) : load()), POLL_MS);
+  page.polling = setTimeout(() => (document.hidden ? showEmpty(progress) : load()), wait);
 }
 
 /** A refusal that a repetition would not mend: say what it means and what to do. */
@@ -440,7 +449,7 @@ function refused({ status, text }) {
 // --- keys and buttons --------------------------------------------------------------------------------------------
 
 const ACTIONS = {
-  both_bad: (button) => judge(button, "All bad", "both_bad"),
+  both_bad: (button) => judge(button, $("bad-label").textContent, "both_bad"),
   skip: (button) => judge(button, "Skipped", "skip"),
   flag: askFlag,
   undo,

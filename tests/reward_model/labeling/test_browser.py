@@ -258,6 +258,42 @@ def test_skip_and_flag(served: Any, opened: Any) -> None:
     assert list(site.store.item_states().values()).count("flagged") == 1
 
 
+def test_what_was_done_is_said_in_the_buttons_words(served: Any, opened: Any) -> None:
+    site = served([Item(f"Why {i}?", [Candidate("one"), Candidate("two")]) for i in range(3)])
+    page = opened(site.url)
+    page.keyboard.press("u")
+    said = page.locator("#status")
+    visible = "e => e.getBoundingClientRect().width > 100"
+    expect(said).to_have_text("There is nothing to undo.")
+    assert said.evaluate(visible)
+    press(page, "b")
+    expect(page.locator("#last")).to_have_text("Last: Both bad.")  # nobody's names, and none called so
+    press(page, "s")
+    expect(page.locator("#counts")).to_contain_text("yours 1 · now 1 ")
+    press(page, "u")
+    expect(said).to_contain_text("Undone.")
+    assert said.evaluate(visible)
+    expect(page.locator("#counts")).to_contain_text("yours 1 · now 1 ")
+    press(page, "u")
+    expect(page.locator("#counts")).to_contain_text("yours 0 · now 0 ")
+    page.clock.fast_forward(10_000)  # on a phone it covers the links at the top
+    expect(said).to_contain_text("Undone.")
+    assert not said.evaluate(visible)
+    press(page, "1")
+    expect(said).to_have_text("")
+    assert not said.evaluate(visible)
+
+
+def test_after_the_last_item_the_page_soon_looks_again(served: Any, opened: Any) -> None:
+    """What it shows of the project's progress may be older than the last answer."""
+    site = served(pairs(1))
+    page = opened(site.url)
+    press(page, "1")
+    state(page, "empty")
+    with page.expect_request("**/api/task"):
+        page.clock.pause_at(page.evaluate("Date.now()") / 1_000 + 2)
+
+
 RANKINGS = {
     "3 1 4 2": [2, 4, 1, 3],
     "3 1 = 4 2": [1, 3, 1, 2],
@@ -268,6 +304,11 @@ RANKINGS = {
     "1 2 3 Backspace Backspace 3 4 2": [1, 4, 2, 3],
     "1 2 3 4 2 Backspace 2 =": [1, 3, 2, 3],
     "4 4 3 2 1 9 ArrowRight": [4, 3, 2, 1],
+    "1 2 3 = 2 Backspace 2 4": [1, 3, 2, 4],
+    "3 1 = 2 ArrowLeft 4": [2, 1, 2, 3],
+    "1 2 = 3 4 2 ArrowLeft": [2, 1, 3, 4],
+    "1 2 = 3 4 1 ArrowRight ArrowRight": [3, 1, 2, 4],
+    "1 2 3 = 4 = 3 t": [1, 2, 3, 3],
     "1 2 = 3 = 4 =": [1, 1, 1, 1],
 }
 """Keys, and the ranks by place that they mean; worked out by hand."""
@@ -341,7 +382,9 @@ def test_wrong_answers_to_gold_questions_pause(served: Any, opened: Any) -> None
     for _ in range(2):
         press(page, "7" if texts(page)[0].startswith("first") else "1")
     state(page, "paused")
-    expect(page.locator("#notice")).to_contain_text("What you judged is stored.")
+    expect(page.locator("#notice")).to_contain_text("were right. What you judged is stored.")
+    page.keyboard.press("u")
+    expect(page.get_by_role("button", name="Look again")).to_be_focused()
     page.reload()
     state(page, "paused")
     assert len(site.judgments()) == 2
@@ -585,6 +628,15 @@ def test_an_endless_line_is_wrapped_and_an_empty_response_is_called_so(served: A
     assert box.evaluate("box => box.scrollWidth <= box.clientWidth && box.clientHeight > 1000")
     empty = page.locator(".response .text:empty")
     assert "(empty)" in empty.evaluate("box => getComputedStyle(box, '::before').content")
+
+
+def test_a_heading_of_a_response_looks_like_its_text(served: Any, opened: Any) -> None:
+    site = served([Item("Why?", [Candidate("## Part\n\nBecause."), Candidate("### Part\n\nBecause.")])])
+    page = opened(site.url, viewport={"width": 390, "height": 844})
+    look = "e => (({ color, position, display, padding }) => [color, position, display, padding])(getComputedStyle(e))"
+    heading, like = page.locator(".response .text h2"), page.locator(".response .text h3")
+    assert heading.evaluate(look) == like.evaluate(look)
+    expect(page.locator(".response > h2").first).to_have_css("position", "sticky")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

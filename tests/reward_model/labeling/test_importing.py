@@ -360,6 +360,29 @@ def test_items_come_with_or_without_their_labels_and_once(tmp_path: Path, capsys
     assert "2 labels by 2 annotators: w7, w8" in out
 
 
+def test_who_asks_for_gold_hears_which_items_are_none(tmp_path: Path, capsys: Any) -> None:
+    """A known item stays what it was queued as."""
+    cfg = LabelingStage(run_dir=str(tmp_path / "run"))
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    importing.main(cfg, str(file))
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"prompt": "How?"}) + "\n")
+    capsys.readouterr()
+    importing.main(cfg, str(file), gold=True)
+    out = capsys.readouterr().out
+    assert "1 new gold questions, 1 known" in out
+    assert "1 of the known ones was queued as an item before and stays one" in out
+    importing.main(cfg, str(file), gold=True)
+    importing.main(cfg, str(file))
+    first, second = capsys.readouterr().out.split("0 new items")
+    assert "1 of the known ones was queued as an item before and stays one" in first
+    assert "1 of the known ones was queued as a gold question before and stays one" in second
+    file.write_text(json.dumps(row | {"prompt": "How?"}) + "\n")
+    importing.main(cfg, str(file), gold=True)
+    assert "stays" not in capsys.readouterr().out
+
+
 def test_gold_questions_take_the_files_labels_as_known_answers(tmp_path: Path) -> None:
     cfg = stage(tmp_path / "run")
     file = write(tmp_path / "gold.jsonl", ROWS["ranking"])
