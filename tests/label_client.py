@@ -88,7 +88,8 @@ class Web:
         """A browser whose user took an invite and is logged in."""
         browser, path = self.browser(**options), f"/invite/{accounts.create_invite(self.store, role, None)}"
         response = browser.form(path, {"name": name, "password": PASSWORD}, seen=path)
-        assert (response.status_code, response.headers["location"]) == (303, "/"), response.text
+        where = "/admin" if role == "admin" else "/"
+        assert (response.status_code, response.headers["location"]) == (303, where), response.text
         return browser
 
 

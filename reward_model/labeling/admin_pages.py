@@ -20,7 +20,7 @@ router = APIRouter(prefix="/admin")
 FIGURES = {
     "pairs": {
         "raw": "Raw agreement",
-        "alpha_nominal": "Krippendorff's alpha, who wins",
+        "alpha_nominal": "Krippendorff's alpha, side",
         "alpha_ordinal": "Krippendorff's alpha, strength",
         "fleiss_kappa": "Fleiss' kappa",
     },

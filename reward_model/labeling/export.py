@@ -79,6 +79,9 @@ def main(cfg: LabelingStage) -> RunResult:
             WRITERS[tool](staging, items, effective)
     outputs = {name.removesuffix(".jsonl").replace(".", "_"): str(folder / name) for name in written}
     _print(folder, report)
+    if cfg.export.heldout_fraction and not any(".heldout." in name for name in written):
+        chance = f"each has a chance of {cfg.export.heldout_fraction:g}"
+        print(f"  no prompt fell to the held-out side ({chance}): label more, or train with eval_dataset: null")
     return RunResult(cfg.run_dir, {"exported": written, "left_out": dict(left_out)}, outputs)
 
 

@@ -59,8 +59,8 @@ def main(
             entry.item.gold_ranks = gold_ranks(entry)
     with LabelStore.open(cfg) as store:
         added = store.add_items(entry.item for entry in imported)
-        what = "gold questions" if gold else "items"
-        print(f"{file}: {added.new} new {what}, {added.known} known")
+        what = "gold question" if gold else "item"
+        print(f"{file}: {added.new} new {what}{'s' * (added.new != 1)}, {added.known} known")
         if added.known and (others := _queued_as_others(store, imported, gold)):
             before, stay = "an item" if gold else "a gold question", "was" if others == 1 else "were each"
             print(f"  {others} of the known ones {stay} queued as {before} before and stays one")

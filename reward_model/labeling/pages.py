@@ -144,9 +144,13 @@ def _need_accounts(site: Site) -> None:
 
 
 def _logged_in(request: Request, site: Site, token: str) -> Response:
-    """A session that the browser had before ends: nobody's chosen cookie survives a login."""
+    """A session that the browser had before ends: nobody's chosen cookie survives a login.
+
+    An admin sees the figures first: the labeling page would take an item, and keep it from the annotators.
+    """
     if before := request.cookies.get(site.cookie("session")):
         accounts.end_session(site.store, before, None)
-    response = RedirectResponse("/", 303)
+    visitor = accounts.visitor_of(site.store, token)
+    response = RedirectResponse("/admin" if visitor and visitor.role == "admin" else "/", 303)
     site.set_cookie(response, "session", token)
     return response

@@ -790,7 +790,7 @@ def test_retiring_takes_a_second_step_by_keyboard_and_without_script(served: Any
 
 def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
     site = served(pairs(4), serve={"accounts": True})
-    site.account("ada", "admin")
+    site.account("ada")
     page = opened(site.url)
     log_in(page, "ada")
     state(page, "pair")
@@ -799,6 +799,9 @@ def test_an_admin_sees_the_figures(served: Any, opened: Any) -> None:
     page.keyboard.press("f")
     page.keyboard.type("broken")
     press(page, "Enter")
+    root, ada = (site.store.ensure_user(name, role="admin") for name in ("root", "ada"))
+    accounts.set_role(site.store, root, ada, "admin")
+    page.reload()
     page.get_by_role("link", name="Admin").click()
     expect(page.locator("#progress")).to_contain_text("2of 4 judgments")
     # The figures are computed beside the requests: the page comes without them, and loads again.

@@ -323,6 +323,7 @@ def test_the_folder_appears_whole_and_other_libraries_read_it(
     folder = tmp_path / "run" / "export"
     out = capsys.readouterr().out
     assert "labeled by people, SIMULATED annotators" in out
+    assert "held-out side" not in out
     loaded = {
         name: datasets.load_dataset("json", data_files=path, split="train") for name, path in result.outputs.items()
     }
@@ -348,3 +349,16 @@ def test_the_folder_appears_whole_and_other_libraries_read_it(
     kept = {path.name for path in folder.iterdir()}
     export.main(cfg)
     assert {path.name for path in folder.iterdir()} == kept
+
+
+@pytest.mark.parametrize(("fraction", "note"), [(0.01, True), (0.0, False)])
+def test_an_empty_held_out_side_is_said_unless_none_was_wanted(
+    tmp_path: Path, capsys: pytest.CaptureFixture, fraction: float, note: bool
+) -> None:
+    cfg = LabelingStage.model_validate({"run_dir": str(tmp_path), "export": {"heldout_fraction": fraction}})
+    item = pair()
+    with LabelStore.open(cfg) as store:
+        store.add_items([item])
+        store.record("ann", "person", item.key, [0, 1], Answer("compare", 1), presentation=0, submission_id="a")
+    assert [*export.main(cfg).outputs] == ["pairs_train", "preferences_train"]
+    assert ("no prompt fell to the held-out side" in capsys.readouterr().out) == note

@@ -356,7 +356,7 @@ def test_items_come_with_or_without_their_labels_and_once(tmp_path: Path, capsys
             assert [j.annotator for j in judgments] == ["w7", "w8"]
             assert best == ["Found keys.", "Lost keys."]
     out = capsys.readouterr().out
-    assert "1 new items, 0 known" in out
+    assert "1 new item, 0 known" in out
     assert "2 labels by 2 annotators: w7, w8" in out
 
 
@@ -371,7 +371,7 @@ def test_who_asks_for_gold_hears_which_items_are_none(tmp_path: Path, capsys: An
     capsys.readouterr()
     importing.main(cfg, str(file), gold=True)
     out = capsys.readouterr().out
-    assert "1 new gold questions, 1 known" in out
+    assert "1 new gold question, 1 known" in out
     assert "1 of the known ones was queued as an item before and stays one" in out
     importing.main(cfg, str(file), gold=True)
     importing.main(cfg, str(file))

@@ -409,3 +409,14 @@ def test_what_cannot_be_done_is_not_logged(web: Web, act: Callable[..., None]) -
     with pytest.raises(Refused, match="there is no user 5"):
         act(web.store, 1, 5, *argument)
     assert log_of(web) == []
+
+
+def test_an_admin_who_logs_in_takes_no_item(web: Web) -> None:
+    web.add_pairs(1)
+    web.invited("root", "admin")
+    browser = web.browser()
+    assert log_in(browser, "root").headers["location"] == "/admin"
+    assert browser.get("/admin").status_code == 200
+    assert web.store.progress().open == 1
+    web.invited("ada")
+    assert log_in(web.browser(), "ada").headers["location"] == "/"

@@ -104,7 +104,7 @@ def test_agreement_and_annotators(web: Web) -> None:
     page = Tables(root.get("/admin").text)
     assert page.row("Raw agreement") == ["75%", "4"]
     # Nominal alpha by hand: coincidences 6 of better-better, 1 + 1 mixed; D_o = 2/8, D_e = 2 * 7 * 1 / (8 * 7).
-    assert page.row("Krippendorff's alpha, who wins") == ["0.00", "4"]
+    assert page.row("Krippendorff's alpha, side") == ["0.00", "4"]
     names = [row[0] for row in page.rows if row]
     assert names.count("ada") == 2, "once among the annotators, once among the people"
     ada_row, ben_row = page.row("ada"), page.row("ben")
@@ -123,7 +123,7 @@ def test_unanimous_annotators_have_no_coefficient(web: Web) -> None:
         prefer(ben, "better")
     page = Tables(root.get("/admin").text)
     assert page.row("Raw agreement") == ["100%", "2"]
-    assert page.row("Krippendorff's alpha, who wins")[0] == "undefined (all agree)"
+    assert page.row("Krippendorff's alpha, side")[0] == "undefined (all agree)"
 
 
 def test_gold_left_rate_ties_and_skips(tmp_path: Path) -> None:
