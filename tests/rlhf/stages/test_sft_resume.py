@@ -230,15 +230,17 @@ def test_checkpoints_and_batches_are_ours(ragged_sft: Any, key: str) -> None:
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(ragged_sft: Any, tmp_path: Path) -> None:
     """SIGKILL at moments of its own choosing, inside the writing of a checkpoint, too."""
     settings = {"trainer": {"max_steps": 60}, "save_every": 1}
-    sft.main(whole := ragged_sft("whole", **settings), RunOptions())
-    killed = ragged_sft("killed", **settings)
-    path = tmp_path / "killed.yaml"
-    path.write_text(dump(killed), encoding="utf-8")
-    command = [sys.executable, "-m", "rlhf", "sft", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    whole, killed = (ragged_sft(name, **settings) for name in ("whole", "killed"))
+    for cfg in (whole, killed):
+        (tmp_path / f"{Path(cfg.run_dir).name}.yaml").write_text(dump(cfg), encoding="utf-8")
+    # Both with one thread: on some processors two add up in another order.
+    options: Any = {"env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, "cwd": ROOT}
+    options["stdout"] = subprocess.DEVNULL
+    subprocess.run([sys.executable, "-m", "rlhf", "sft", str(tmp_path / "whole.yaml")], check=True, **options)
+    command = [sys.executable, "-m", "rlhf", "sft", str(tmp_path / "killed.yaml")]
     kills = 0
     for _ in range(6):
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, **options)
         steps, began = checkpoint_steps(killed), time.monotonic()
         while process.poll() is None and time.monotonic() - began < 200:
             time.sleep(0.01)
