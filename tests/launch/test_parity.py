@@ -149,7 +149,8 @@ def test_evaluation_and_samples_are_the_same(launch: Any, tiny: Any, kind: str) 
             found |= {prefix + key: value} if isinstance(value, int | float) else {}
         return found
 
-    models = {"policies": {"sft": tiny.path, "ppo": tiny.path}, "reference": tiny.path, "reward_model": tiny.reward}
+    models = {"policies": {"sft": tiny.path, "ppo": tiny.path}} | dict.fromkeys(("reference", "base"), tiny.path)
+    models["reward_model"] = tiny.reward
     for stage, changes in (("evaluate", models), ("sample", {})):
         alone, many = (launch(stage, k, **changes) for k in ("alone", kind))
         assert numbers(alone.result["summary"]) == pytest.approx(numbers(many.result["summary"]), rel=1e-4, abs=1e-5)
