@@ -138,7 +138,7 @@ def _base(request: Request, site: Site) -> str:
     """What a link begins with: as this admin came here, unless they sit at the server and others do not."""
     serve, url = site.cfg.serve, str(request.base_url).rstrip("/")
     if serve.public_url or (is_loopback(request.url.hostname or "") and not is_loopback(serve.host)):
-        return url_of(serve, request.url.port or 80)
+        return url_of(serve, serve.port or request.url.port or 80)  # a tunnel has a port of its own
     return url
 
 

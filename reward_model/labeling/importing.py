@@ -62,14 +62,17 @@ def main(
         what = "gold question" if gold else "item"
         print(f"{file}: {added.new} new {what}{'s' * (added.new != 1)}, {added.known} known")
         if added.known and (others := _queued_as_others(store, imported, gold)):
-            before, stay = "an item" if gold else "a gold question", "was" if others == 1 else "were each"
-            print(f"  {others} of the known ones {stay} queued as {before} before and stays one")
+            one, several = ("an item", "items") if gold else ("a gold question", "gold questions")
+            stay = f"was queued as {one} before and stays one"
+            stay = stay if others == 1 else f"were queued as {several} before and stay such"
+            print(f"  {others} of the known ones {stay}")
         if with_labels:
             labels = record(store, imported)
             names = sorted({said.annotator for entry in imported for said in entry.said})
             print(f"  {labels} labels by {len(names)} annotators: {', '.join(names[:5])}{' ...' if names[5:] else ''}")
             if soft := sum(said.was_soft for entry in imported for said in entry.said):
-                print(f"  {soft} of them came with probabilities; of these the order alone is stored")
+                kept = "their order is, and a margin as a strength"
+                print(f"  {soft} of them came with probabilities, which are not stored: {kept}")
 
 
 def _queued_as_others(store: LabelStore, imported: Sequence[Imported], gold: bool) -> int:

@@ -31,7 +31,7 @@ NAMELESS = "imported "
 class Said:
     """An answer that came with a row, in the order of the row's responses.
 
-    `was_soft`: the row gave a probability, of which the answer holds the better side alone.
+    `was_soft`: the row gave a probability, which no answer can hold.
     """
 
     annotator: str

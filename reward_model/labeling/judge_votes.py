@@ -25,7 +25,7 @@ def judge_wins(judgment: Judgment) -> Wins | None:
     try:
         stated = json.loads(judgment.answer.notes)["p_first"]
         p_first = [float(p) for p in (stated if isinstance(stated, list) else [stated])]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     places = [*combinations(judgment.order, 2)]
     if len(p_first) != len(places) or not all(0 <= p <= 1 for p in p_first):

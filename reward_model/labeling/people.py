@@ -5,7 +5,8 @@ What is queued depends on the rollouts and the configuration alone, and the proj
 the command may be repeated, or killed, at any time.
 
 An item that everybody skipped who may label it, admins included, is done without a label: nobody is left to wait for.
-One that some judged and the others skipped waits on, since it was to have more judgments; the stage says which.
+One that some judged and the others skipped waits on, since it was to have more judgments; the stage says which. What is
+a gold question of the project is left out: its answer was known before.
 """
 
 from __future__ import annotations
@@ -69,13 +70,15 @@ def people_rollouts(
     judgments = [judgment for judgment in found if judgment.decides]
     given = Counter(judgment.item_key for judgment in judgments)
     skipped = {judgment.item_key for judgment in found if judgment.answer.choice == "skip"}
-    held = {key for key in items if states[key] in ("flagged", "retired")}
-    undecided = {key for key in skipped - held if not given[key] and not left[key].people}
-    aside = held | undecided
+    gold = {key for key, item in items.items() if item.gold_ranks is not None}
+    held = {key for key in items if states[key] in ("flagged", "retired")} - gold
+    undecided = {key for key in skipped - held - gold if not given[key] and not left[key].people}
+    aside = gold | held | undecided
     ready = [key for key, item in items.items() if given[key] >= item.wanted and key not in aside]
     waiting = [key for key in items if key not in aside and given[key] < items[key].wanted]
     if waiting or not ready:
         said = f"{len(ready)} of {len(items)} items are labeled"
+        said += f", {len(gold)} are gold questions" * bool(gold)
         said += f", {len(held)} are flagged or retired" * bool(held)
         said += f", {len(undecided)} were skipped by everybody" * bool(undecided)
         raise _pending(said, {key: left[key] for key in waiting}, skipped, cfg.project)

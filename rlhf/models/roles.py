@@ -271,6 +271,7 @@ def _critic_scalar(cfg: PPOStage, precision: torch.dtype) -> ScalarModel:
     dtype = storage_dtype(cfg.tuning, precision)
     is_new = cfg.critic is None and cfg.critic_init != "reward_model"
     scalar = load_scalar_model(source, dtype=dtype, new_head=is_new, keep_adapter=cfg.sharing == "lora" and not is_new)
+    scalar.unread_id = None  # a value is that of the state after any token
     if is_new:  # values of 0 disturb no advantage; those of a random head are as large as the rewards
         nn.init.zeros_(scalar.classifier.score.weight)
     return scalar

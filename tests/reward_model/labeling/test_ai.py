@@ -301,7 +301,12 @@ def test_probabilities_are_kept_where_they_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    "notes", ["", "[]", "3", '{"p_first": "A"}', '{"p_first": [0.5, 0.5]}', '{"p_first": 1.5}', '{"p_first": NaN}', "{"]
+    "notes",
+    [
+        *("", "[]", "3", '{"p_first": "A"}', '{"p_first": [0.5, 0.5]}', '{"p_first": 1.5}', '{"p_first": NaN}', "{"),
+        *("[" * 2000, f'{{"p_first": {"9" * 400}}}'),
+    ],
+    ids=lambda notes: notes[:20],
 )
 def test_notes_that_hold_no_probabilities_are_no_votes(notes: str) -> None:
     """Predictions of other tools have notes of their own."""

@@ -333,13 +333,17 @@ def stage(folder: Path, **export_keys: Any) -> LabelingStage:
 def test_it_says_how_many_soft_labels_became_orders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     rows = [{**pair, "prompt": f"q{i}", "probability": p} for i, p in enumerate([1.0, 0.8, 0.5])]
+    rows[1]["margin"] = 2.0
     ranked = [{"prompt": f"r{p}", "responses": ["a", "b"], "ranks": [1, 2], "wins": [[0.5, p], [1 - p, 0.5]]}
               for p in (0.9, 0.6, 1.0)]  # fmt: skip
     cfg = LabelingStage(run_dir=str(tmp_path / "run"))
     for name, lines, soft in (("pairs", rows, 1), ("rankings", ranked, 2), ("hard", [rows[0], rows[2]], 0)):
         importing.main(cfg, write(tmp_path / f"{name}.jsonl", *lines), with_labels=True)
         out = capsys.readouterr().out
-        assert (f"{soft} of them came with probabilities" in out) == bool(soft)
+        said = f"{soft} of them came with probabilities, which are not stored: their order is, and a margin as"
+        assert (said in out) == bool(soft)
+    with LabelStore.open(cfg) as store:
+        assert abs(store.judgments()[1].answer.value or 0) == 2, "on the side of the chosen one"
 
 
 def test_items_come_with_or_without_their_labels_and_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -378,9 +382,14 @@ def test_who_asks_for_gold_hears_which_items_are_none(tmp_path: Path, capsys: An
     first, second = capsys.readouterr().out.split("0 new items")
     assert "1 of the known ones was queued as an item before and stays one" in first
     assert "1 of the known ones was queued as a gold question before and stays one" in second
+    both = [json.dumps(row | {"prompt": prompt}) + "\n" for prompt in ("Why?", "When?")]
+    file.write_text("".join(both))
+    importing.main(cfg, str(file))
+    importing.main(cfg, str(file), gold=True)
+    assert "2 of the known ones were queued as items before and stay such" in capsys.readouterr().out
     file.write_text(json.dumps(row | {"prompt": "How?"}) + "\n")
     importing.main(cfg, str(file), gold=True)
-    assert "stays" not in capsys.readouterr().out
+    assert "stay" not in capsys.readouterr().out
 
 
 def test_gold_questions_take_the_files_labels_as_known_answers(tmp_path: Path) -> None:

@@ -209,6 +209,20 @@ def test_items_that_nobody_is_left_to_judge_once_more_are_named(stage: Any) -> N
     assert f"invite another annotator with `rlhf label invite {cfg.project}`" in caught.value.fix
 
 
+def test_an_item_that_is_a_gold_question_already_is_left_out(stage: Any) -> None:
+    """Its answer came by `rlhf label import --gold`. Gold questions are not served here: nobody could end the wait."""
+    cfg = stage(queue={"kind": "ranking"}, gold={"fraction": 0})
+    project = config.load(cfg.project, "labeling", [])
+    with LabelStore.open(project) as store:
+        store.add_items([replace(people.items_of(cfg, project)[0], gold_ranks=[1, 2, 3, 4])])
+    with pytest.raises(LabelsPending, match="0 of 6 items are labeled, 1 are gold questions; the others wait"):
+        label(cfg)
+    annotate(cfg, "ann")
+    result = label(cfg)
+    assert len(result.train) + len(result.heldout) == 5
+    assert result.report["counts"]["items_left_out"] == 1
+
+
 def test_judges_and_repeats_do_not_count(stage: Any) -> None:
     cfg = stage(queue={"kind": "pair"}, repeat_fraction=1.0, repeat_after=1)
     with pytest.raises(LabelsPending):

@@ -295,6 +295,9 @@ def test_an_admin_who_sits_at_the_server_gets_a_link_for_others(
     page = web.invited("root", "admin").form("/admin/invites", {"role": "viewer"}).text
     assert re.search(r">http://10\.0\.0\.7:8420/invite/[\w-]{43}<", page)
     assert "If others cannot open http://10.0.0.7:8420, set serve.public_url" in page
+    tunnel = web.invited("tunnel", "admin", base="http://127.0.0.1:9000")
+    page = tunnel.form("/admin/invites", {"role": "viewer"}).text
+    assert re.search(r">http://10\.0\.0\.7:8420/invite/[\w-]{43}<", page), "the server's port, not the tunnel's"
     far = web.invited("far", "admin", base="http://172.16.0.9:8420")
     page = far.form("/admin/invites", {"role": "viewer"}).text
     assert re.search(r">http://172\.16\.0\.9:8420/invite/[\w-]{43}<", page), "as this admin came"

@@ -12,7 +12,7 @@ import torch
 from reward_model.model import RewardModel
 from rlhf.errors import ModelError
 from rlhf.models.roles import build_roles
-from rlhf.models.value import load_scalar_model
+from rlhf.models.value import NORMALISATION_FILE, load_scalar_model
 from rlhf.runtime import Runtime
 
 TOKENS = torch.tensor([[2, 9, 12, 15, 3], [2, 7, 8, 3, 3]])
@@ -39,6 +39,20 @@ def test_the_critic_starts_as_the_reward_model_one_token_earlier(
     after = load_scalar_model(tiny.reward, dtype=torch.float32)(TOKENS, MASK)
     torch.testing.assert_close(values[:, 1:], after[:, :-1], atol=1e-6, rtol=0)
     assert values[:, 0].eq(0).all()
+
+
+@torch.no_grad()
+def test_a_critic_from_a_reward_model_of_others_is_read_after_every_token(
+    stage_config: Any, runtime: Runtime, tiny: Any, tmp_path: Path
+) -> None:
+    """As a reward model it is not read after its pad token; the value of a cut answer that ends so is another thing."""
+    shutil.copytree(tiny.reward, tmp_path / "others")
+    (tmp_path / "others" / NORMALISATION_FILE).unlink()
+    cfg = stage_config("ppo", reward_model=str(tmp_path / "others"))
+    scalar = build_roles(cfg, runtime).actor_critic.critic.scalar
+    tokens = TOKENS.clone()
+    tokens[0, -1] = scalar.classifier.config.pad_token_id
+    assert torch.equal(scalar.score_last(tokens, MASK)[0], scalar(tokens, MASK)[0, -1])
 
 
 def test_a_critic_from_the_policy_has_its_trunk_and_a_new_head(stage_config: Any, runtime: Runtime) -> None:
