@@ -130,6 +130,7 @@ class _Connection:
         self._headers = f"Host: {host}\r\nOrigin: http://{host}\r\nCookie: {person.cookie}\r\n"
         self._headers += f"X-CSRF-Token: {person.csrf}\r\nContent-Type: application/json\r\n"
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._answered = False
 
     async def surely(self, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
         """The answer, from whichever start of the server it comes."""
@@ -139,8 +140,10 @@ class _Connection:
                 return await self._ask(method, path, body)
             except (OSError, EOFError):
                 assert time.monotonic() < end, "the server does not come back"
+                kept = self._answered
                 self.close()
-                await asyncio.sleep(0.05)
+                if not kept:  # else the server closed an idle connection: browsers open another at once
+                    await asyncio.sleep(0.05)
 
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Answer:
         if self._streams is None:
@@ -152,9 +155,12 @@ class _Connection:
         answer = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = re.search(r"content-length: (\d+)", answer, re.IGNORECASE)
         assert length, answer
-        return int(answer.split()[1]), json.loads(await reader.readexactly(int(length[1])))
+        said = json.loads(await reader.readexactly(int(length[1])))
+        self._answered = True
+        return int(answer.split()[1]), said
 
     def close(self) -> None:
+        self._answered = False
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None

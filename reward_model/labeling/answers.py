@@ -229,9 +229,10 @@ def reopen(item: ItemRow) -> None:
 
 def settled_ms(session: Session, item_ids: Sequence[int]) -> dict[int, int]:
     """By item, when an admin last gave it back to the annotators: flags up to then are settled."""
-    item_id = EventRow.detail["item"].as_integer()
-    found = select(item_id, func.max(EventRow.created_ms)).group_by(item_id)
-    return dict(session.execute(found.where(EventRow.kind == REOPENED, item_id.in_(item_ids))).tuples().all())
+    # Picked out here: other kinds of events have texts in that place, which PostgreSQL must not read as numbers.
+    found = select(EventRow.detail, EventRow.created_ms).where(EventRow.kind == REOPENED).order_by(EventRow.id)
+    latest = {detail["item"]: created_ms for detail, created_ms in session.execute(found)}
+    return {item_id: latest[item_id] for item_id in item_ids if item_id in latest}
 
 
 def _others_flagged(session: Session, flag: JudgmentRow, item: ItemRow) -> bool:

@@ -20,6 +20,9 @@ from rlhf.errors import ConfigError
 GRACE_SECONDS = 10
 """Requests that run when the server is told to stop may take so long to end."""
 
+KEEP_ALIVE_SECONDS = 75
+"""A connection stays open over an annotator's thoughts: another one would cost a round trip, and two more for TLS."""
+
 _BIND_FIXES = {
     errno.EADDRINUSE: "stop what listens there, or choose another one: serve.port=8421",
     errno.EACCES: "ports below 1024 need rights that this user lacks; choose another one: serve.port=8420",
@@ -61,6 +64,7 @@ def server_config(app: object, serve: ServeConfig) -> uvicorn.Config:
         ws="none",
         proxy_headers=serve.public_url is not None,
         timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
 
 

@@ -193,3 +193,8 @@ def test_an_invite_from_the_command_line_works(project: str) -> None:
     page = web.browser(base="https://labels.example.org").get(link[1])
     assert (page.status_code, "<b>viewer</b>" in page.text) == (200, True)
     web.store.close()
+
+
+def test_connections_stay_open_while_annotators_think() -> None:
+    config = serve.server_config(None, ServeConfig())
+    assert config.timeout_keep_alive >= 60, "uvicorn's 5 s are over before an item is read"
