@@ -101,7 +101,7 @@ class RewardModel:
         return float(self._model.std)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Score of each rollout, see `ScalarModel.score_last`; an ensemble's disagreement is written into the rollouts."""
+        """Score of each rollout (`ScalarModel.score_last`); an ensemble's disagreement is written into the rollouts."""
         scores_MN = self.score_members([r.tokens for r in rollouts])
         if self.members > 1:
             for rollout, std in zip(rollouts, disagreement(scores_MN).tolist(), strict=True):
