@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.eval.pages import page_environment
+from rlhf.eval.pages import clean, page_environment
 from rlhf.eval.panels import DASH
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -65,7 +65,7 @@ def render(report: Mapping[str, Any], title: str) -> str:
     env = page_environment(_TEMPLATES)
     env.filters.update(share=_share, decimal=_decimal, seconds=_seconds)
     pairs = sorted(report["annotator_pairs"], key=lambda row: -row["raw"]["n"])
-    return env.get_template("agreement.html.j2").render(
+    page = env.get_template("agreement.html.j2").render(
         title=title,
         report=report,
         coefficients=COEFFICIENTS,
@@ -77,6 +77,7 @@ def render(report: Mapping[str, Any], title: str) -> str:
         remarks=remarks(report),
         dash=DASH,
     )
+    return clean(page)
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:

@@ -362,3 +362,15 @@ def test_an_empty_held_out_side_is_said_unless_none_was_wanted(
         store.record("ann", "person", item.key, [0, 1], Answer("compare", 1), presentation=0, submission_id="a")
     assert [*export.main(cfg).outputs] == ["pairs_train", "preferences_train"]
     assert ("no prompt fell to the held-out side" in capsys.readouterr().out) == note
+
+
+def test_an_imported_name_cannot_turn_the_agreement_report_around(tmp_path: Path) -> None:
+    cfg = LabelingStage.model_validate({"run_dir": str(tmp_path)})
+    item = pair()
+    with LabelStore.open(cfg) as store:
+        store.add_items([item])
+        store.record("ann\u202e", "person", item.key, [0, 1], Answer("compare", 1), presentation=0, submission_id="a")
+    export.main(cfg)
+    page = (tmp_path / "export" / "agreement.html").read_text(encoding="utf-8")
+    assert "ann\ufffd" in page
+    assert "\u202e" not in page

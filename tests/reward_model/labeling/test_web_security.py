@@ -380,12 +380,18 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(local: Web, caplog: pytes
     assert len(local.store.judgments()) == len(answers) - 1
 
 
-def test_a_read_only_database_is_said(local: Web, caplog: pytest.LogCaptureFixture) -> None:
-    browser = local.browser()
+def becomes_read_only(web: Web, statement: str) -> Browser:
+    """A browser that has been told so."""
+    browser = web.browser()
     assert browser.get("/api/task").status_code == 200
-    on_every_connection(local, "PRAGMA query_only = ON")
+    on_every_connection(web, statement)
     answer = browser.get("/api/task")
     assert (answer.status_code, answer.json()["error"]) == (503, "the database cannot be written: it is read-only")
+    return browser
+
+
+def test_a_read_only_database_is_said(local: Web, caplog: pytest.LogCaptureFixture) -> None:
+    browser = becomes_read_only(local, "PRAGMA query_only = ON")
     assert "mount its disk for writing" in caplog.text
     assert browser.get("/healthz").status_code == 200, "it can be read"
 
@@ -395,11 +401,7 @@ def test_a_read_only_postgresql_is_said(
 ) -> None:
     monkeypatch.setenv("LABELS_DATABASE", postgres.database())
     web = Web(tmp_path, database_env="LABELS_DATABASE", serve={"accounts": False})
-    browser = web.browser()
-    assert browser.get("/api/task").status_code == 200
-    on_every_connection(web, "SET TRANSACTION READ ONLY")
-    answer = browser.get("/api/task")
-    assert (answer.status_code, answer.json()["error"]) == (503, "the database cannot be written: it is read-only")
+    becomes_read_only(web, "SET TRANSACTION READ ONLY")
     assert "point database_env to the primary server" in caplog.text
     web.store.close()
 
